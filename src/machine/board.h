@@ -1,0 +1,89 @@
+/* The virtual board: one for every VM engine. See docs/architecture.md for the memory map. A board owns its chips; the
+ * devices are attached to it by src/vmm. All functions are safe from any thread unless they say otherwise.
+ */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/error.h"
+#include "base/loop.h"
+#include "machine/memory.h"
+#include "machine/space.h"
+
+/* Memory map */
+#define BOARD_ECAM_BASE 0xe0000000ull  /* 256 MiB: 256 buses */
+#define BOARD_ECAM_SIZE 0x10000000ull
+#define BOARD_PCI_MMIO_BASE 0xc0000000ull /* 32-bit BARs, up to ECAM */
+#define BOARD_PCI_MMIO_SIZE 0x20000000ull
+#define BOARD_IOAPIC_BASE 0xfec00000ull
+#define BOARD_LAPIC_BASE 0xfee00000ull
+#define BOARD_PCI_MMIO64_BASE 0x8000000000ull /* 64-bit BARs: from 512 GiB */
+#define BOARD_PCI_MMIO64_SIZE 0x8000000000ull
+
+/* Ports */
+#define BOARD_PORT_COM1 0x3f8 /* interrupt 4 */
+#define BOARD_PORT_PM_BASE 0x600 /* ACPI: PM1a event 0x600 to 0x603, control 0x604 to 0x605, PM timer 0x608 to 0x60b */
+#define BOARD_PORT_RESET 0xcf9	 /* ACPI reset register: value 6 */
+#define BOARD_SCI_IRQ 9
+
+enum board_event {
+	BOARD_EVENT_POWER_OFF, /* ACPI S5 */
+	BOARD_EVENT_RESET,     /* 0xcf9, i8042, keyboard reset line */
+};
+
+/* What the board asks of whoever built it (src/vmm). Called from any thread, without board locks held. */
+struct board_host {
+	void *opaque;
+	void (*event)(void *opaque, enum board_event event);
+	void (*interrupt_ready)(void *opaque, unsigned cpu);	 /* something is now pending for cpu: kick it */
+	void (*init)(void *opaque, unsigned cpu);		 /* INIT IPI */
+	void (*startup)(void *opaque, unsigned cpu, uint8_t vector); /* SIPI: starts at vector << 12, if waiting */
+};
+
+struct board_config {
+	unsigned cpus; /* 1 to 64 */
+	struct guest_memory *memory;
+	struct loop *loop; /* timers of the chips run on it */
+	const struct board_host *host;
+	uint64_t tsc_hz;			/* the guest's TSC frequency, for TSC deadline timers */
+	uint64_t (*tsc_now)(void *opaque, unsigned cpu); /* the guest's TSC now; any thread; opaque is host->opaque */
+};
+
+struct board;
+struct pci_bus;
+struct serial;
+
+int board_create(struct board **board, const struct board_config *config, struct error *err);
+void board_destroy(struct board *board);
+/* Everything back to power-on state; the vCPUs are stopped while it is called. */
+void board_reset(struct board *board);
+
+struct space *board_pio(struct board *board);
+struct space *board_mmio(struct board *board);
+struct pci_bus *board_pci(struct board *board);
+struct serial *board_serial(struct board *board);
+struct guest_memory *board_memory(struct board *board);
+struct loop *board_loop(struct board *board);
+
+/* Level of a global system interrupt: 0 to 15 reach both 8259s and the IOAPIC (with the usual override of 0 to 2), 16 to
+ * 23 the IOAPIC only. */
+void board_irq(struct board *board, unsigned gsi, bool level);
+/* A message-signalled interrupt (SDM volume 3, section 11.11): what a write of data to address would do. */
+void board_msi(struct board *board, uint64_t address, uint32_t data);
+
+/* The engine's side: these fill struct engine_board (engine/engine.h). opaque is the struct board. */
+uint64_t board_pio_read(void *board, unsigned cpu, uint16_t port, unsigned size);
+void board_pio_write(void *board, unsigned cpu, uint16_t port, unsigned size, uint64_t value);
+uint64_t board_mmio_read(void *board, unsigned cpu, uint64_t gpa, unsigned size);
+void board_mmio_write(void *board, unsigned cpu, uint64_t gpa, unsigned size, uint64_t value);
+bool board_msr_read(void *board, unsigned cpu, uint32_t msr, uint64_t *value);
+bool board_msr_write(void *board, unsigned cpu, uint32_t msr, uint64_t value);
+uint8_t board_cr8_read(void *board, unsigned cpu);
+void board_cr8_write(void *board, unsigned cpu, uint8_t value);
+int board_interrupt_ack(void *board, unsigned cpu);
+bool board_interrupt_pending(void *board, unsigned cpu);
+
+/* Writes RSDP, XSDT, FADT, FACS, DSDT, MADT, MCFG into guest memory for this many CPUs and the attached PCI devices;
+ * *rsdp is the root pointer's guest address (also findable in the BIOS area at 0xe0000). */
+int acpi_write_tables(struct board *board, unsigned cpus, uint64_t *rsdp, struct error *err);

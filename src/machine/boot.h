@@ -1,0 +1,28 @@
+/* Loading a kernel into guest memory. The loader says how the first vCPU must start; src/vmm turns that into engine
+ * state (this folder knows no engine). */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/error.h"
+#include "machine/memory.h"
+
+struct boot_config {
+	const char *kernel;  /* bzImage or ELF */
+	const char *initrd;  /* or NULL */
+	const char *cmdline; /* or NULL */
+	uint64_t rsdp;	     /* guest address of the ACPI root pointer */
+};
+
+struct boot_entry {
+	bool long_mode;	 /* true: Linux 64-bit boot protocol (Documentation/x86/boot.rst); false: PVH, 32-bit flat, paging off */
+	uint64_t rip;
+	uint64_t rsi;	 /* long mode: boot_params */
+	uint64_t rbx;	 /* PVH: hvm_start_info */
+	uint64_t cr3;	 /* long mode: identity map of the first 4 GiB */
+	uint64_t gdt;	 /* guest address; code selector 0x10, data 0x18, flat */
+	uint16_t gdt_limit;
+};
+
+int boot_load(struct boot_entry *entry, struct guest_memory *memory, const struct boot_config *config, struct error *err);

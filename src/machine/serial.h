@@ -1,0 +1,14 @@
+/* 16550A UART (National Semiconductor PC16550D data sheet) at a port base. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct serial;
+
+/* Where transmitted bytes go; called on vCPU threads; must not block for long. */
+void serial_set_output(struct serial *serial, void (*output)(void *opaque, const uint8_t *bytes, size_t n), void *opaque);
+/* Offers received bytes; returns how many were taken (the receive FIFO has room for few); call again when room() runs. */
+size_t serial_input(struct serial *serial, const uint8_t *bytes, size_t n);
+/* Called when the guest has read input and there is room again. */
+void serial_set_room(struct serial *serial, void (*room)(void *opaque), void *opaque);
