@@ -113,7 +113,8 @@ struct engine {
 	int (*probe)(struct error *err);
 	int (*vm_create)(struct engine_vm **vm, const struct engine_config *config, struct error *err);
 	void (*vm_destroy)(struct engine_vm *vm);
-	/* Creates vCPU `cpu`; everything else on it (but kick and interrupt) is called on the thread that runs it. */
+	/* Creates vCPU `cpu`; everything else on it (but kick and tsc) is called on the thread that runs it, and destroy
+	 * when that thread has ended. */
 	int (*vcpu_create)(struct engine_vm *vm, unsigned cpu, struct engine_vcpu **vcpu, struct error *err);
 	void (*vcpu_destroy)(struct engine_vcpu *vcpu);
 	/* Power-on state (SDM volume 3, section 10.1.1), or after INIT. */
@@ -123,8 +124,10 @@ struct engine {
 	void (*vcpu_run)(struct engine_vcpu *vcpu, struct engine_exit *exit);
 	/* Runs n instructions, or fewer when something else happens first. */
 	void (*vcpu_step)(struct engine_vcpu *vcpu, unsigned n, struct engine_exit *exit);
-	/* From any thread: the vCPU looks at interrupt_pending soon; with `leave` vcpu_run returns KICKED. */
+	/* From any thread: the vCPU looks at interrupt_pending soon; with `leave` vcpu_run returns KICKED, the one under
+	 * way or, if none is, the next one: a kick is never lost. */
 	void (*vcpu_kick)(struct engine_vcpu *vcpu, bool leave);
+	uint64_t (*vcpu_tsc)(struct engine_vcpu *vcpu); /* the guest's TSC now; any thread */
 	/* Writes counters (exits by reason, translations, misses, ...) as text, one "name value" a line. */
 	void (*vcpu_statistics)(struct engine_vcpu *vcpu, char *text, size_t size);
 };
