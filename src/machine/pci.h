@@ -17,14 +17,15 @@ struct pci_device;
 struct pci_bar {
 	uint64_t size;	 /* a power of two; 0: absent */
 	bool is_64bit, is_io;
-	struct io_region region; /* ops and name set by the device; base by the bus when the guest enables decoding */
+	struct io_region region; /* ops and name set by the device; base and size by the bus while the guest decodes */
+	struct pci_msix *msix;	 /* pci_add_msix: this BAR is its table */
 };
 
 struct pci_device_ops {
-	/* Configuration bytes beyond the standard header and capabilities changed; optional. */
+	/* Configuration bytes beyond the standard header were written; called without locks; optional. */
 	void (*config_written)(struct pci_device *device, unsigned offset, unsigned size);
 	/* Reading of configuration bytes that the device computes (virtio's PCI access window); optional, true if it
-	 * answered. */
+	 * answered. Asked for every read beyond the standard header, without locks. */
 	bool (*config_read)(struct pci_device *device, unsigned offset, unsigned size, uint32_t *value);
 	void (*reset)(struct pci_device *device);
 };
@@ -37,18 +38,20 @@ struct pci_device {
 	uint8_t revision;
 	uint32_t class_code; /* 24 bits: class, subclass, programming interface */
 	struct pci_bar bar[PCI_BARS];
-	/* the rest is pci.c's */
+	/* The rest is pci.c's, but a device may set bits of `writable` within its own capabilities before the guest runs. */
 	struct pci_bus *bus;
 	unsigned slot;
 	uint8_t config[4096], writable[4096];
+	uint8_t power_on[64]; /* the header as pci_add left it */
 	unsigned next_capability, last_capability;
 	struct pci_msix *msix;
-	pthread_mutex_t lock;
-	bool intx_level;
+	pthread_mutex_t lock; /* config, msix, intx_level; never held while a region is unmapped or ops are called */
+	bool intx_level, intx_asserted;
 };
 
 /* Puts the device on the bus: slot 0 is the host bridge; slot -1 chooses the next free one. The BARs get addresses (as
- * firmware would leave them) and decoding is enabled, so that kernels which trust firmware work. */
+ * firmware would leave them) and decoding is enabled, so that kernels which trust firmware work. The device must be all
+ * zeroes but for what its owner fills; capabilities may be added before or after. */
 int pci_add(struct pci_bus *bus, struct pci_device *device, int slot, struct error *err);
 void pci_remove(struct pci_device *device);
 
