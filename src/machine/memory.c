@@ -1,0 +1,148 @@
+/* Guest memory: one sealed memfd, mapped in one or two ranges around the hole below 4 GiB. */
+#include "machine/memory.h"
+
+#include <inttypes.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "base/util.h"
+
+#define PAGE_SIZE 4096ull
+#define MEMORY_SIZE_MIN (1ull << 20)
+#define MEMORY_SIZE_MAX (1ull << 38) /* 256 GiB; the 64-bit PCI window begins at 512 GiB */
+
+static int map_range(struct guest_memory *memory, uint64_t gpa, uint64_t offset, uint64_t size, struct error *err)
+{
+	struct memory_range *r = &memory->range[memory->ranges];
+	void *host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memory->fd, (off_t)offset);
+
+	if (host == MAP_FAILED)
+		return error_errno(
+			err, "guest memory: mapping %" PRIu64 " MiB (choose a smaller --memory)", size >> 20);
+	/* Best effort: fewer host TLB misses; a kernel without huge pages for shared memory refuses. A dump of this
+	 * process should not hold the guest's secrets. */
+	madvise(host, size, MADV_HUGEPAGE);
+	madvise(host, size, MADV_DONTDUMP);
+	*r = (struct memory_range){.gpa = gpa, .size = size, .host = host, .offset = offset};
+	memory->ranges++;
+	return 0;
+}
+
+static int create(struct guest_memory *memory, struct error *err)
+{
+	uint64_t low = min(memory->size, MEMORY_HOLE);
+	int ret;
+
+	memory->fd = memfd_create("guest-memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (memory->fd < 0)
+		return error_errno(err, "guest memory: creating its file");
+	if (ftruncate(memory->fd, (off_t)memory->size) < 0)
+		return error_errno(err, "guest memory: setting its size to %" PRIu64 " MiB", memory->size >> 20);
+	/* Whoever receives the descriptor (migration, vhost-user) cannot shrink it under our mappings: no SIGBUS. */
+	if (fcntl(memory->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0)
+		return error_errno(err, "guest memory: sealing its size");
+	ret = map_range(memory, 0, 0, low, err);
+	if (!ret && memory->size > low)
+		ret = map_range(memory, MEMORY_HIGH, low, memory->size - low, err);
+	if (ret)
+		return ret;
+	memory->page_flags = calloc(memory->size / PAGE_SIZE, 1);
+	if (!memory->page_flags)
+		return error_set(
+			err, ENOMEM, "guest memory: no room for the page flags of %" PRIu64 " MiB", memory->size >> 20);
+	return 0;
+}
+
+int memory_create(struct guest_memory *memory, uint64_t size, struct error *err)
+{
+	int ret;
+
+	*memory = (struct guest_memory){.fd = -1, .size = size};
+	if (size % PAGE_SIZE || size < MEMORY_SIZE_MIN || size > MEMORY_SIZE_MAX)
+		return error_set(err, EINVAL,
+			"guest memory: size %" PRIu64 " is not a multiple of 4096 from 1 MiB to 256 GiB", size);
+	ret = create(memory, err);
+	if (ret)
+		memory_destroy(memory);
+	return ret;
+}
+
+void memory_destroy(struct guest_memory *memory)
+{
+	for (unsigned i = 0; i < memory->ranges; i++)
+		munmap(memory->range[i].host, memory->range[i].size);
+	if (memory->fd >= 0)
+		close(memory->fd);
+	free(memory->page_flags);
+	*memory = (struct guest_memory){.fd = -1};
+}
+
+/* The range that holds all of [gpa, gpa + len), or NULL. Written so that no sum can overflow. */
+static const struct memory_range *find(const struct guest_memory *memory, uint64_t gpa, uint64_t len)
+{
+	for (unsigned i = 0; i < memory->ranges; i++) {
+		const struct memory_range *r = &memory->range[i];
+
+		if (gpa >= r->gpa && gpa - r->gpa <= r->size && len <= r->size - (gpa - r->gpa))
+			return r;
+	}
+	return NULL;
+}
+
+const void *memory_for_read(const struct guest_memory *memory, uint64_t gpa, uint64_t len)
+{
+	const struct memory_range *r = find(memory, gpa, len);
+
+	return r ? r->host + (gpa - r->gpa) : NULL;
+}
+
+void *memory_for_write(struct guest_memory *memory, uint64_t gpa, uint64_t len)
+{
+	const struct memory_range *r = find(memory, gpa, len);
+
+	return r ? r->host + (gpa - r->gpa) : NULL;
+}
+
+void memory_wrote(struct guest_memory *memory, uint64_t gpa, uint64_t len)
+{
+	const struct memory_range *r = find(memory, gpa, len);
+	uint64_t at = gpa, end = gpa + len;
+
+	if (!memory->written || !r || !len)
+		return;
+	/* The engine sets the flag, then reads the code; we wrote the bytes, then read the flag. With a full fence on
+	 * both sides at least one of us sees the other. */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	while (at < end) {
+		uint64_t next = min(align_down(at, PAGE_SIZE) + PAGE_SIZE, end);
+		uint64_t page = (at - r->gpa + r->offset) / PAGE_SIZE;
+
+		if (__atomic_load_n(&memory->page_flags[page], __ATOMIC_RELAXED) & MEMORY_PAGE_CODE)
+			memory->written(memory->opaque, at, next - at);
+		at = next;
+	}
+}
+
+bool memory_read(const struct guest_memory *memory, uint64_t gpa, void *to, uint64_t len)
+{
+	const void *from = memory_for_read(memory, gpa, len);
+
+	if (from)
+		memcpy(to, from, len);
+	return from;
+}
+
+bool memory_write(struct guest_memory *memory, uint64_t gpa, const void *from, uint64_t len)
+{
+	void *to = memory_for_write(memory, gpa, len);
+
+	if (!to)
+		return false;
+	memcpy(to, from, len);
+	memory_wrote(memory, gpa, len);
+	return true;
+}
