@@ -1,0 +1,27 @@
+/* Where the guest's first serial port goes: standard input and output, a file, a Unix socket, or nowhere.
+ *
+ * Output: the vCPU puts its bytes in a buffer of 64 KiB, a thread of the console writes them out. When the buffer is
+ * full the vCPU waits for room: nothing is lost because a pipe is slow. Without a reader (a socket that nobody is
+ * connected to) the buffer keeps the newest 64 KiB. Input: read on the loop as fast as the guest takes it; only a
+ * terminal is read on regardless, so that the escape keys work while the guest does not listen.
+ */
+#pragma once
+
+#include "base/error.h"
+#include "base/loop.h"
+#include "machine/serial.h"
+#include "vmm/options.h"
+
+struct console;
+
+/* Opens the back end and connects it to the serial port; leave(opaque) runs on the loop when the user asks to leave. */
+int console_create(struct console **console, enum vmm_serial kind, const char *path, struct serial *serial,
+	struct loop *loop, void (*leave)(void *opaque), void *opaque, struct error *err);
+/* From any thread: vCPUs no longer wait for room, what does not fit is lost. For the end, so that it cannot be held up.
+ */
+void console_release(struct console *console);
+/* The terminal back to its user before the process is suspended, and to the guest again after. */
+void console_suspend(struct console *console);
+void console_resume(struct console *console);
+/* Writes out what it holds, for two seconds at most, and closes. The serial port is not used any more. */
+void console_destroy(struct console *console);

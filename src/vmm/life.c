@@ -1,0 +1,203 @@
+/* How a VM stops, resets and ends, and the signals that the process gets. */
+#include "vmm/vm.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "vmm/terminal.h"
+
+/* ---- stopping and resuming ---- */
+
+void vm_stop(struct vm *vm, enum vm_cause cause, const struct error *why)
+{
+	bool last_word;
+
+	pthread_mutex_lock(&vm->lock);
+	if (cause > vm->cause) {
+		vm->cause = cause;
+		if (why)
+			vm->error = *why;
+	}
+	if (atomic_load(&vm->phase) == VM_RUNNING)
+		atomic_store(&vm->phase, VM_STOPPING);
+	last_word = vm->cause > VM_CAUSE_RESET;
+	pthread_mutex_unlock(&vm->lock);
+
+	/* A vCPU that waits for the console's reader would keep the end waiting. */
+	if (last_word && vm->console)
+		console_release(vm->console);
+	for (unsigned i = 0; i < vm->cpus; i++)
+		vcpu_call(&vm->vcpu[i], 0);
+}
+
+/* All vCPU threads are parked: on the loop's thread, reset and go on, or end. */
+static void all_parked(void *opaque)
+{
+	struct vm *vm = opaque;
+	struct error err = {0};
+	bool failed = false;
+	scope_lock(&vm->lock);
+
+	if (vm->cause == VM_CAUSE_RESET && !vm->config->exit_on_reset) {
+		pthread_mutex_unlock(&vm->lock);
+		board_reset(vm->board);
+		for (unsigned i = 0; i < vm->cpus; i++) {
+			atomic_store(&vm->vcpu[i].calls, 0);
+			vm->vcpu[i].awaits_startup = i > 0;
+		}
+		failed = vm_load(vm, &err) < 0;
+		pthread_mutex_lock(&vm->lock);
+		if (failed) {
+			vm->cause = VM_CAUSE_FAILED;
+			vm->error = err;
+		}
+	}
+	vm->parked = 0;
+	vm->resumes++;
+	if (vm->cause == VM_CAUSE_RESET && !vm->config->exit_on_reset) {
+		vm->cause = VM_CAUSE_NONE;
+		atomic_store(&vm->phase, VM_RUNNING);
+	} else {
+		atomic_store(&vm->phase, VM_ENDING);
+		loop_stop(vm->loop);
+	}
+	pthread_cond_broadcast(&vm->resumed);
+}
+
+bool vm_park(struct vm *vm)
+{
+	unsigned resumes;
+	scope_lock(&vm->lock);
+
+	if (atomic_load(&vm->phase) == VM_STOPPING) {
+		resumes = vm->resumes;
+		if (++vm->parked == vm->cpus)
+			loop_post(vm->loop, all_parked, vm);
+		/* By count and not by phase: it may have been resumed and stopped again before we wake. */
+		while (vm->resumes == resumes)
+			pthread_cond_wait(&vm->resumed, &vm->lock);
+	}
+	return atomic_load(&vm->phase) != VM_ENDING;
+}
+
+/* ---- signals ---- */
+
+static const int ending_signals[] = {SIGTERM, SIGINT, SIGHUP};
+static const int other_signals[] = {SIGTSTP, SIGCONT, SIGUSR1};
+
+static void signal_sets(sigset_t *handled, sigset_t *blocked)
+{
+	sigemptyset(handled);
+	for (unsigned i = 0; i < sizeof(ending_signals) / sizeof(int); i++)
+		sigaddset(handled, ending_signals[i]);
+	for (unsigned i = 0; i < sizeof(other_signals) / sizeof(int); i++)
+		sigaddset(handled, other_signals[i]);
+	*blocked = *handled;
+	/* A background process that touches the terminal gets an error instead of being suspended with its guest. */
+	sigaddset(blocked, SIGTTIN);
+	sigaddset(blocked, SIGTTOU);
+}
+
+void vm_block_signals(void)
+{
+	sigset_t handled, blocked;
+
+	signal_sets(&handled, &blocked);
+	pthread_sigmask(SIG_BLOCK, &blocked, NULL);
+	/* A reader that goes away is an error of write(), not our death. */
+	signal(SIGPIPE, SIG_IGN);
+}
+
+static void signal_arrived(void *opaque, int fd, uint32_t events)
+{
+	struct vm *vm = opaque;
+	struct signalfd_siginfo info;
+
+	if (read(fd, &info, sizeof(info)) != sizeof(info))
+		return;
+	switch (info.ssi_signo) {
+	case SIGTSTP:
+		console_suspend(vm->console);
+		raise(SIGSTOP); /* goes on with SIGCONT */
+		break;
+	case SIGCONT:
+		console_resume(vm->console);
+		break;
+	case SIGUSR1:
+		for (unsigned i = 0; i < vm->cpus; i++)
+			vcpu_call(&vm->vcpu[i], VCPU_CALL_STATISTICS);
+		break;
+	default:
+		if (vm->signal) { /* the second: whoever sends it does not want to wait */
+			terminal_restore();
+			_exit(128 + (int)info.ssi_signo);
+		}
+		vm->signal = (int)info.ssi_signo;
+		vm_stop(vm, VM_CAUSE_LEAVE, NULL);
+	}
+}
+
+int vm_watch_signals(struct vm *vm, struct error *err)
+{
+	sigset_t handled, blocked;
+
+	signal_sets(&handled, &blocked);
+	vm->signal_fd = signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK);
+	if (vm->signal_fd < 0)
+		return error_errno(err, "signalfd");
+	return loop_add_fd(vm->loop, vm->signal_fd, EPOLLIN, signal_arrived, vm, err);
+}
+
+/* ---- the whole life ---- */
+
+static int exit_status(struct vm *vm, struct error *err)
+{
+	switch (vm->cause) {
+	case VM_CAUSE_FAILED:
+		*err = vm->error;
+		return 1;
+	case VM_CAUSE_LEAVE:
+		return vm->signal ? 128 + vm->signal : 0;
+	case VM_CAUSE_POWER_OFF:
+	case VM_CAUSE_RESET: /* and --on-reset exit */
+	case VM_CAUSE_NONE:
+		break;
+	}
+	return 0;
+}
+
+int vm_run(struct vm *vm, struct error *err)
+{
+	unsigned threads = 0;
+	int code = 0;
+
+	while (threads < vm->cpus && !code) {
+		struct vcpu *v = &vm->vcpu[threads];
+
+		code = pthread_create(&v->thread, NULL, vcpu_main, v);
+		if (!code)
+			threads++;
+	}
+	if (code) {
+		struct error why = {0};
+
+		error_set(&why, code, "starting the thread of vCPU %u: %s; give fewer --cpus", threads, strerror(code));
+		vm_stop(vm, VM_CAUSE_FAILED, &why);
+		/* Not all can park: no hand-over to the loop, the threads end at once. */
+		pthread_mutex_lock(&vm->lock);
+		atomic_store(&vm->phase, VM_ENDING);
+		vm->resumes++;
+		pthread_cond_broadcast(&vm->resumed);
+		pthread_mutex_unlock(&vm->lock);
+	} else {
+		loop_run(vm->loop);
+	}
+	for (unsigned i = 0; i < threads; i++)
+		pthread_join(vm->vcpu[i].thread, NULL);
+	return exit_status(vm, err);
+}

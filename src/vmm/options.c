@@ -1,0 +1,326 @@
+/* hostel-vmm's command line. Every option is one line of the table at the end, which also makes --help. */
+#include "vmm/options.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/cleanup.h"
+#include "base/size.h"
+#include "base/util.h"
+#include "engine/cpu_model.h"
+#include "engine/engine.h"
+
+#define MEMORY_DEFAULT (512ull << 20)
+#define MEMORY_LEAST (16ull << 20)
+#define MEMORY_MOST (256ull << 30) /* the board keeps 512 GiB and up for 64-bit PCI windows */
+
+static int parse_engine(struct vmm_config *config, const char *value, struct error *err)
+{
+	char names[200] = "auto";
+
+	config->engine = NULL;
+	if (!strcmp(value, "auto"))
+		return 0;
+	for (const struct engine *const *engine = engines; *engine; engine++) {
+		size_t used = strlen(names);
+
+		if (!strcmp(value, (*engine)->name)) {
+			config->engine = *engine;
+			return 0;
+		}
+		snprintf(names + used, sizeof(names) - used, ", %s", (*engine)->name);
+	}
+	return error_set(err, EINVAL, "--engine %s: there is no such engine; give one of: %s", value, names);
+}
+
+static int parse_cpu(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->cpu = cpu_model_find(value, err);
+	if (!config->cpu)
+		return error_wrap(err, "--cpu");
+	return 0;
+}
+
+static int parse_cpus(struct vmm_config *config, const char *value, struct error *err)
+{
+	char *end;
+	unsigned long cpus;
+
+	errno = 0;
+	cpus = strtoul(value, &end, 10);
+	if (value[0] < '0' || value[0] > '9' || *end || errno || cpus < 1 || cpus > VMM_CPUS_MAX)
+		return error_set(err, EINVAL, "--cpus %s: give a whole number from 1 to %d", value, VMM_CPUS_MAX);
+	config->cpus = (unsigned)cpus;
+	return 0;
+}
+
+static int parse_memory(struct vmm_config *config, const char *value, struct error *err)
+{
+	if (size_parse(value, &config->memory, err) < 0)
+		return error_wrap(err, "--memory");
+	if (config->memory < MEMORY_LEAST || config->memory > MEMORY_MOST)
+		return error_set(err, EINVAL, "--memory %s: give from 16M to 256G", value);
+	if (config->memory % 4096)
+		return error_set(err, EINVAL, "--memory %s: give a multiple of 4096 bytes, such as %lluM", value,
+			(unsigned long long)align_up(config->memory, 1 << 20) >> 20);
+	return 0;
+}
+
+static int parse_kernel(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->kernel = value;
+	return 0;
+}
+
+static int parse_initrd(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->initrd = value;
+	return 0;
+}
+
+static int parse_cmdline(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->cmdline = value;
+	return 0;
+}
+
+/* Takes the next comma-separated part off *text into a string of its own; two commas stand for one that belongs to the
+ * part. NULL when there is none left. */
+static char *next_part(const char **text)
+{
+	const char *from = *text;
+	char *part, *to;
+
+	if (!from)
+		return NULL;
+	part = to = malloc(strlen(from) + 1);
+	if (!part)
+		abort(); /* some bytes at the start of the program: nothing sensible is left to do */
+	for (;; from++) {
+		if (from[0] == ',' && from[1] == ',')
+			from++;
+		else if (!*from || *from == ',')
+			break;
+		*to++ = *from;
+	}
+	*to = '\0';
+	*text = *from ? from + 1 : NULL;
+	return part;
+}
+
+static int parse_disk(struct vmm_config *config, const char *value, struct error *err)
+{
+	const char *rest = value;
+	struct vmm_disk *disk = &config->disk[config->disks];
+
+	if (config->disks == VMM_DISKS_MAX)
+		return error_set(
+			err, EINVAL, "--disk %s: %d disks are the most; leave this one out", value, VMM_DISKS_MAX);
+	config->disks++;
+	disk->path = next_part(&rest);
+	if (!*disk->path)
+		return error_set(err, EINVAL, "--disk '%s': the file is missing; give --disk FILE", value);
+	while (rest) {
+		scope_free char *part = next_part(&rest);
+
+		if (!strcmp(part, "readonly"))
+			disk->options.read_only = true;
+		else if (!strcmp(part, "format=raw"))
+			disk->options.format = DISK_RAW;
+		else if (!strcmp(part, "format=qcow2"))
+			disk->options.format = DISK_QCOW2;
+		else if (!strncmp(part, "format=", 7))
+			return error_set(
+				err, EINVAL, "--disk %s: format '%s' is unknown; give raw or qcow2", value, part + 7);
+		else
+			return error_set(err, EINVAL,
+				"--disk %s: '%s' is unknown; give format=raw|qcow2 or readonly, and two commas for one "
+				"in a file's name",
+				value, part);
+	}
+	return 0;
+}
+
+static int parse_mac(uint8_t mac[6], const char *text)
+{
+	for (unsigned i = 0; i < 6; i++) {
+		unsigned byte = 0;
+
+		for (unsigned digit = 0; digit < 2; digit++, text++) {
+			static const char digits[] = "0123456789abcdef";
+			const char *at = *text ? strchr(digits, *text | 0x20) : NULL;
+
+			if (!at || (*text < '0'))
+				return -EINVAL;
+			byte = byte << 4 | (unsigned)(at - digits);
+		}
+		if (*text++ != (i < 5 ? ':' : '\0'))
+			return -EINVAL;
+		mac[i] = (uint8_t)byte;
+	}
+	return mac[0] & 1 ? -EINVAL : 0; /* a group address is nobody's own */
+}
+
+/* Takes mac= out; what else there is belongs to net_open(). */
+static int parse_net(struct vmm_config *config, const char *value, struct error *err)
+{
+	const char *rest = value;
+	struct vmm_net *net = &config->net[config->nets];
+	size_t used = 0;
+
+	if (config->nets == VMM_NETS_MAX)
+		return error_set(err, EINVAL, "--net %s: %d network devices are the most; leave this one out", value,
+			VMM_NETS_MAX);
+	config->nets++;
+	net->spec = calloc(1, strlen(value) + 1);
+	if (!net->spec)
+		return error_errno(err, "--net %s", value);
+	while (rest) {
+		scope_free char *part = next_part(&rest);
+
+		if (!strncmp(part, "mac=", 4)) {
+			if (parse_mac(net->mac, part + 4) < 0)
+				return error_set(err, EINVAL,
+					"--net %s: '%s' is not a device's MAC address; give six bytes such as "
+					"mac=52:54:00:12:34:56, the first one even",
+					value, part + 4);
+			net->has_mac = true;
+			continue;
+		}
+		used += (size_t)sprintf(net->spec + used, "%s%s", used ? "," : "", part);
+	}
+	if (strcmp(net->spec, "user") && strncmp(net->spec, "user,", 5) && strncmp(net->spec, "tap=", 4))
+		return error_set(err, EINVAL,
+			"--net %s: give user[,forward=tcp:ADDR:PORT-:PORT]... or tap=NAME, and "
+			"mac=MAC behind it",
+			value);
+	return 0;
+}
+
+static int parse_serial(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->serial_path = NULL;
+	if (!strcmp(value, "stdio")) {
+		config->serial = VMM_SERIAL_STDIO;
+	} else if (!strcmp(value, "none")) {
+		config->serial = VMM_SERIAL_NONE;
+	} else if (!strncmp(value, "file=", 5) && value[5]) {
+		config->serial = VMM_SERIAL_FILE;
+		config->serial_path = value + 5;
+	} else if (!strncmp(value, "socket=", 7) && value[7]) {
+		config->serial = VMM_SERIAL_SOCKET;
+		config->serial_path = value + 7;
+	} else {
+		return error_set(err, EINVAL, "--serial %s: give stdio, none, file=PATH or socket=PATH", value);
+	}
+	return 0;
+}
+
+static int parse_on_reset(struct vmm_config *config, const char *value, struct error *err)
+{
+	if (strcmp(value, "reboot") && strcmp(value, "exit"))
+		return error_set(err, EINVAL, "--on-reset %s: give reboot or exit", value);
+	config->exit_on_reset = !strcmp(value, "exit");
+	return 0;
+}
+
+static int parse_help(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->action = VMM_HELP;
+	return 0;
+}
+
+static int parse_version(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->action = VMM_VERSION;
+	return 0;
+}
+
+static const struct option_spec {
+	const char *name, *argument; /* argument NULL: takes none */
+	int (*parse)(struct vmm_config *config, const char *value, struct error *err);
+	const char *help;
+} options[] = {
+	{"kernel", "FILE", parse_kernel, "bzImage or ELF vmlinux to boot; the one option that must be given"},
+	{"initrd", "FILE", parse_initrd, "initial RAM disk"},
+	{"cmdline", "STRING", parse_cmdline, "kernel command line [console=ttyS0]"},
+	{"cpus", "N", parse_cpus, "virtual CPUs, 1 to 64 [1]"},
+	{"memory", "SIZE", parse_memory, "guest memory, such as 512M or 2G [512M]"},
+	{"disk", "FILE[,format=raw|qcow2][,readonly]", parse_disk, "a disk; repeat for more"},
+	{"net", "user[,forward=tcp:ADDR:PORT-:PORT]...|tap=NAME[,mac=MAC]", parse_net,
+		"a network device; repeat for more"},
+	{"serial", "stdio|none|file=PATH|socket=PATH", parse_serial, "where the guest's serial port goes [stdio]"},
+	{"engine", "auto|bt", parse_engine, "what runs the guest's code [auto]"},
+	{"cpu", "host|x86-64-v2|x86-64-v3", parse_cpu, "CPU model that the guest sees [host]"},
+	{"on-reset", "reboot|exit", parse_on_reset, "what a guest's reset does [reboot]"},
+	{"help", NULL, parse_help, "show this text"},
+	{"version", NULL, parse_version, "show the version"},
+};
+
+static const struct option_spec *find_option(const char *name, size_t length)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(options); i++)
+		if (strlen(options[i].name) == length && !memcmp(options[i].name, name, length))
+			return &options[i];
+	return NULL;
+}
+
+int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], struct error *err)
+{
+	int result;
+
+	*config = (struct vmm_config){.cpus = 1, .memory = MEMORY_DEFAULT};
+	for (int i = 1; i < argc; i++) {
+		const char *name = argv[i] + 2, *equals, *value = NULL;
+		const struct option_spec *option;
+		size_t length;
+
+		if (strncmp(argv[i], "--", 2))
+			return error_set(err, EINVAL, "'%s' is not an option; 'hostel-vmm --help' lists them", argv[i]);
+		equals = strchr(name, '=');
+		length = equals ? (size_t)(equals - name) : strlen(name);
+		option = find_option(name, length);
+		if (!option)
+			return error_set(err, EINVAL, "option '--%.*s' is unknown; 'hostel-vmm --help' lists them",
+				(int)min(length, (size_t)100), name);
+		if (equals)
+			value = equals + 1;
+		else if (option->argument)
+			value = argv[++i]; /* NULL at the end */
+		if (option->argument && (!value || (!*value && option->parse != parse_cmdline)))
+			return error_set(err, EINVAL, "--%s needs a value: --%s %s", option->name, option->name,
+				option->argument);
+		if (!option->argument && value)
+			return error_set(
+				err, EINVAL, "--%s takes no value, '%s' was given; leave it out", option->name, value);
+		result = option->parse(config, value, err);
+		if (result < 0)
+			return result;
+		if (config->action != VMM_RUN)
+			return 0;
+	}
+	if (!config->kernel)
+		return error_set(err, EINVAL, "no kernel was given; give --kernel FILE (a bzImage or an ELF vmlinux)");
+	if (!config->cmdline)
+		config->cmdline = "console=ttyS0";
+	return config->cpu ? 0 : parse_cpu(config, "host", err);
+}
+
+void vmm_config_free(struct vmm_config *config)
+{
+	for (unsigned i = 0; i < config->disks; i++)
+		free(config->disk[i].path);
+	for (unsigned i = 0; i < config->nets; i++)
+		free(config->net[i].spec);
+	config->disks = config->nets = 0;
+}
+
+void vmm_help(FILE *to)
+{
+	fputs("Usage: hostel-vmm --kernel FILE [OPTION]...\nRuns one virtual machine until its guest powers off.\n\n",
+		to);
+	for (size_t i = 0; i < ARRAY_SIZE(options); i++)
+		fprintf(to, "  --%s%s%s\n        %s\n", options[i].name, options[i].argument ? " " : "",
+			options[i].argument ? options[i].argument : "", options[i].help);
+	fputs("\nOn a terminal Ctrl-A x leaves and Ctrl-A h lists the other keys. Manual: hostel-vmm(1).\n", to);
+}

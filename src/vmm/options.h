@@ -1,0 +1,57 @@
+/* hostel-vmm's command line: one table of options, parsed into a typed configuration. */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "base/error.h"
+#include "disk/disk.h"
+
+struct engine;
+struct cpu_model;
+
+#define VMM_CPUS_MAX 64
+#define VMM_DISKS_MAX 16
+#define VMM_NETS_MAX 8
+
+enum vmm_action { VMM_RUN, VMM_HELP, VMM_VERSION };
+enum vmm_serial { VMM_SERIAL_STDIO, VMM_SERIAL_NONE, VMM_SERIAL_FILE, VMM_SERIAL_SOCKET };
+
+struct vmm_disk {
+	char *path;
+	struct disk_options options;
+};
+
+struct vmm_net {
+	char *spec; /* as net_open() wants it */
+	bool has_mac;
+	uint8_t mac[6];
+};
+
+/* Strings that are not freed by vmm_config_free() point into argv. */
+struct vmm_config {
+	enum vmm_action action;
+	const struct engine *engine; /* NULL: the first that can run here */
+	const struct cpu_model *cpu;
+	unsigned cpus;
+	uint64_t memory; /* bytes */
+	const char *kernel, *initrd, *cmdline;
+	unsigned disks;
+	struct vmm_disk disk[VMM_DISKS_MAX];
+	unsigned nets;
+	struct vmm_net net[VMM_NETS_MAX];
+	enum vmm_serial serial;
+	const char *serial_path; /* of file= and socket= */
+	bool exit_on_reset;
+};
+
+/* Fills config, defaults included. An error names the option, the value found and the remedy; the configuration must be
+ * freed either way; its code is EINVAL or ERANGE when the usage is wrong. --help and --version win over whatever stands
+ * behind them. */
+int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], struct error *err);
+void vmm_config_free(struct vmm_config *config);
+
+/* The text of --help, made from the same table. */
+void vmm_help(FILE *to);

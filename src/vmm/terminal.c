@@ -1,0 +1,100 @@
+/* The user's terminal; see terminal.h. */
+#include "vmm/terminal.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <termios.h>
+#include <unistd.h>
+
+#include "base/util.h"
+
+/* Of the process and not of a VM, since a fault handler must find it: the one terminal, and its settings before. */
+static struct {
+	volatile sig_atomic_t raw;
+	int fd;
+	struct termios before;
+} saved;
+
+const char terminal_help[] = "\r\nhostel-vmm: Ctrl-A x  leave: stop the virtual machine\r\n"
+			     "            Ctrl-A a  send Ctrl-A to the guest (Ctrl-A Ctrl-A does too)\r\n"
+			     "            Ctrl-A h  this help\r\n";
+
+void terminal_restore(void)
+{
+	if (!saved.raw)
+		return;
+	saved.raw = 0;
+	tcsetattr(saved.fd, TCSANOW, &saved.before);
+}
+
+bool terminal_raw(int fd)
+{
+	struct termios raw;
+
+	/* In the background the settings are those of whoever has the terminal now, and not ours to change. */
+	if (!isatty(fd) || tcgetpgrp(fd) != getpgrp())
+		return false;
+	if (!saved.raw && tcgetattr(fd, &saved.before) < 0)
+		return false;
+	raw = saved.before;
+	cfmakeraw(&raw);
+	raw.c_oflag |= OPOST; /* so that a plain newline, as in our own messages, still returns the carriage */
+	saved.fd = fd;
+	saved.raw = 1;
+	if (tcsetattr(fd, TCSANOW, &raw) < 0) {
+		saved.raw = 0;
+		return false;
+	}
+	return true;
+}
+
+static void fault_handler(int signal_number)
+{
+	terminal_restore();
+	/* SA_RESETHAND has put the default back: returning repeats the fault, raising covers the sent ones. */
+	raise(signal_number);
+}
+
+void terminal_guard(void)
+{
+	static const int faults[] = {
+		SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT, SIGQUIT, SIGXCPU, SIGXFSZ};
+	struct sigaction action = {.sa_handler = fault_handler, .sa_flags = SA_RESETHAND | SA_ONSTACK};
+
+	sigemptyset(&action.sa_mask);
+	for (size_t i = 0; i < ARRAY_SIZE(faults); i++)
+		sigaction(faults[i], &action, NULL);
+	atexit(terminal_restore);
+}
+
+enum terminal_key terminal_filter(
+	struct terminal_filter *filter, const uint8_t *in, size_t n, size_t *used, uint8_t *out, size_t *produced)
+{
+	*produced = 0;
+	for (*used = 0; *used < n;) {
+		uint8_t byte = in[(*used)++];
+
+		if (!filter->escaped) {
+			if (byte == TERMINAL_ESCAPE)
+				filter->escaped = true;
+			else
+				out[(*produced)++] = byte;
+			continue;
+		}
+		filter->escaped = false;
+		switch (byte) {
+		case 'x':
+			return TERMINAL_KEY_LEAVE;
+		case 'h':
+			return TERMINAL_KEY_HELP;
+		case 'a':
+		case TERMINAL_ESCAPE:
+			out[(*produced)++] = TERMINAL_ESCAPE;
+			break;
+		default:
+			out[(*produced)++] = TERMINAL_ESCAPE;
+			out[(*produced)++] = byte;
+		}
+	}
+	return TERMINAL_KEY_NONE;
+}

@@ -1,0 +1,276 @@
+/* Puts a virtual machine together from its configuration, and takes it apart. */
+#include "vmm/vm.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/sysinfo.h>
+#include <unistd.h>
+
+#include "base/cleanup.h"
+#include "base/util.h"
+#include "disk/disk.h"
+#include "engine/tsc.h"
+
+/* ---- what the board asks for ---- */
+
+static void board_event(void *opaque, enum board_event event)
+{
+	struct vm *vm = opaque;
+
+	switch (event) {
+	case BOARD_EVENT_POWER_OFF:
+		vm_stop(vm, VM_CAUSE_POWER_OFF, NULL);
+		break;
+	case BOARD_EVENT_RESET:
+		vm_stop(vm, VM_CAUSE_RESET, NULL);
+		break;
+	}
+}
+
+static uint64_t tsc_now(void *opaque, unsigned cpu)
+{
+	struct vm *vm = opaque;
+	struct vcpu *v = &vm->vcpu[cpu];
+
+	return v->engine ? vm->engine->vcpu_tsc(v->engine) : 0;
+}
+
+static void user_leaves(void *opaque)
+{
+	vm_stop(opaque, VM_CAUSE_LEAVE, NULL);
+}
+
+/* ---- the parts ---- */
+
+static int choose_engine(struct vm *vm, struct error *err)
+{
+	int result = -ENODEV;
+
+	if (vm->config->engine) {
+		vm->engine = vm->config->engine;
+		result = vm->engine->probe(err);
+		return result < 0 ? error_wrap(err, "--engine %s", vm->engine->name) : 0;
+	}
+	for (const struct engine *const *engine = engines; *engine && result < 0; engine++) {
+		vm->engine = *engine;
+		result = (*engine)->probe(err);
+	}
+	return result < 0 ? error_wrap(err, "no engine can run here; the last one tried says") : 0;
+}
+
+static int create_memory(struct vm *vm, struct error *err)
+{
+	uint64_t size = vm->config->memory, total;
+	struct sysinfo host;
+	int result;
+
+	/* The kernel promises memory that it does not have and kills later; what can never be given is refused now. */
+	if (sysinfo(&host) == 0) {
+		total = ((uint64_t)host.totalram + host.totalswap) * host.mem_unit;
+		if (size > total)
+			return error_set(err, ENOMEM,
+				"--memory: %llu MiB wanted, the host has %llu MiB with its swap; "
+				"give less",
+				(unsigned long long)(size >> 20), (unsigned long long)(total >> 20));
+	}
+	result = memory_create(&vm->memory, size, err);
+	if (result < 0)
+		return error_wrap(err, "--memory: %llu MiB for the guest", (unsigned long long)(size >> 20));
+	vm->has_memory = true;
+	return 0;
+}
+
+static int create_board(struct vm *vm, struct error *err)
+{
+	struct board_config config = {.cpus = vm->cpus,
+		.memory = &vm->memory,
+		.loop = vm->loop,
+		.host = &vm->host,
+		.tsc_hz = engine_tsc_hz(),
+		.tsc_now = tsc_now};
+
+	vm->host = (struct board_host){.opaque = vm,
+		.event = board_event,
+		.interrupt_ready = vcpu_interrupt_ready,
+		.init = vcpu_init,
+		.startup = vcpu_startup};
+	return board_create(&vm->board, &config, err);
+}
+
+static int add_disk(struct vm *vm, unsigned index, struct error *err)
+{
+	const struct vmm_disk *wanted = &vm->config->disk[index];
+	struct virtio_blk_options options = {
+		.queues = min(vm->cpus, (unsigned)VIRTIO_BLK_QUEUES_MAX), .serial = vm->disk_serial[index]};
+	int result = disk_open(&vm->disk[index], wanted->path, &wanted->options, err);
+
+	if (result < 0)
+		return result;
+	snprintf(vm->disk_serial[index], sizeof(vm->disk_serial[index]), "hostel-disk-%u", index);
+	result = virtio_blk_create(&vm->device[vm->devices], vm->board, vm->disk[index], &options, err);
+	if (result < 0)
+		return error_wrap(err, "--disk %s", wanted->path);
+	vm->devices++;
+	return 0;
+}
+
+static int add_net(struct vm *vm, unsigned index, struct error *err)
+{
+	const struct vmm_net *wanted = &vm->config->net[index];
+	struct virtio_net_options options = {0}; /* a random MAC */
+	int result = net_open(&vm->net[index], wanted->spec, vm->loop, err);
+
+	if (wanted->has_mac)
+		memcpy(options.mac, wanted->mac, sizeof(options.mac));
+	if (result == 0)
+		result = virtio_net_create(&vm->device[vm->devices], vm->board, vm->net[index], &options, err);
+	if (result < 0)
+		return error_wrap(err, "--net %s", wanted->spec);
+	vm->devices++;
+	return 0;
+}
+
+static int add_devices(struct vm *vm, struct error *err)
+{
+	int result = 0;
+
+	for (unsigned i = 0; i < vm->config->disks && result == 0; i++)
+		result = add_disk(vm, i, err);
+	for (unsigned i = 0; i < vm->config->nets && result == 0; i++)
+		result = add_net(vm, i, err);
+	if (result == 0)
+		result = virtio_rng_create(&vm->device[vm->devices], vm->board, err);
+	if (result == 0)
+		vm->devices++;
+	return result;
+}
+
+static int create_vcpus(struct vm *vm, struct error *err)
+{
+	struct engine_config config = {
+		.cpus = vm->cpus, .model = vm->config->cpu, .board = &vm->engine_board, .memory = &vm->memory};
+	int result;
+
+	vm->engine_board = (struct engine_board){.opaque = vm->board,
+		.pio_read = board_pio_read,
+		.pio_write = board_pio_write,
+		.mmio_read = board_mmio_read,
+		.mmio_write = board_mmio_write,
+		.msr_read = board_msr_read,
+		.msr_write = board_msr_write,
+		.cr8_read = board_cr8_read,
+		.cr8_write = board_cr8_write,
+		.interrupt_ack = board_interrupt_ack,
+		.interrupt_pending = board_interrupt_pending};
+	result = vm->engine->vm_create(&vm->engine_vm, &config, err);
+	for (unsigned i = 0; i < vm->cpus && result == 0; i++)
+		result = vm->engine->vcpu_create(vm->engine_vm, i, &vm->vcpu[i].engine, err);
+	return result < 0 ? error_wrap(err, "engine %s", vm->engine->name) : 0;
+}
+
+int vm_load(struct vm *vm, struct error *err)
+{
+	struct boot_config boot = {
+		.kernel = vm->config->kernel, .initrd = vm->config->initrd, .cmdline = vm->config->cmdline};
+	int result = acpi_write_tables(vm->board, vm->cpus, &boot.rsdp, err);
+
+	return result < 0 ? result : boot_load(&vm->entry, &vm->memory, &boot, err);
+}
+
+/* ---- together, and apart ---- */
+
+static int assemble(struct vm *vm, struct error *err)
+{
+	int result = choose_engine(vm, err);
+
+	if (result == 0)
+		result = create_memory(vm, err);
+	if (result == 0)
+		result = loop_create(&vm->loop, err);
+	if (result == 0)
+		result = create_board(vm, err);
+	if (result == 0)
+		result = add_devices(vm, err);
+	if (result == 0)
+		result = create_vcpus(vm, err);
+	if (result == 0)
+		result = vm_load(vm, err);
+	if (result == 0)
+		result = vm_watch_signals(vm, err);
+	/* Last, so that the terminal is left alone as long as something can be wrong. */
+	if (result == 0)
+		result = console_create(&vm->console, vm->config->serial, vm->config->serial_path,
+			board_serial(vm->board), vm->loop, user_leaves, vm, err);
+	return result;
+}
+
+int vm_create(struct vm **created, const struct vmm_config *config, struct error *err)
+{
+	struct vm *vm = calloc(1, sizeof(*vm) + config->cpus * sizeof(vm->vcpu[0]));
+	int result;
+
+	if (!vm)
+		return error_errno(err, "virtual machine");
+	vm->config = config;
+	vm->cpus = config->cpus;
+	vm->signal_fd = -1;
+	pthread_mutex_init(&vm->lock, NULL);
+	pthread_cond_init(&vm->resumed, NULL);
+	for (unsigned i = 0; i < vm->cpus; i++) {
+		vm->vcpu[i].vm = vm;
+		vm->vcpu[i].index = i;
+		vm->vcpu[i].awaits_startup = i > 0;
+		pthread_mutex_init(&vm->vcpu[i].lock, NULL);
+	}
+	result = assemble(vm, err);
+	if (result < 0) {
+		vm_destroy(vm, NULL);
+		return result;
+	}
+	*created = vm;
+	return 0;
+}
+
+/* The vCPU threads have ended and the loop does not run: what remains are the devices' own threads. Devices go before
+ * what they use: back ends, vCPUs (which they interrupt), board. */
+int vm_destroy(struct vm *vm, struct error *err)
+{
+	int result = 0;
+
+	while (vm->devices)
+		virtio_device_destroy(vm->device[--vm->devices]);
+	for (unsigned i = 0; i < vm->config->nets; i++)
+		if (vm->net[i])
+			net_close(vm->net[i]);
+	for (unsigned i = 0; i < vm->config->disks; i++) {
+		struct error why = {0};
+
+		/* All are closed whatever one says; the first error is told. */
+		if (vm->disk[i] && disk_close(vm->disk[i], &why) < 0 && result == 0) {
+			if (err)
+				*err = why;
+			result = -why.code;
+		}
+	}
+	console_destroy(vm->console);
+	for (unsigned i = 0; i < vm->cpus; i++) {
+		if (vm->vcpu[i].engine)
+			vm->engine->vcpu_destroy(vm->vcpu[i].engine);
+		pthread_mutex_destroy(&vm->vcpu[i].lock);
+	}
+	if (vm->engine_vm)
+		vm->engine->vm_destroy(vm->engine_vm);
+	if (vm->board)
+		board_destroy(vm->board);
+	if (vm->has_memory)
+		memory_destroy(&vm->memory);
+	if (vm->signal_fd >= 0)
+		close(vm->signal_fd);
+	if (vm->loop)
+		loop_destroy(vm->loop);
+	pthread_cond_destroy(&vm->resumed);
+	pthread_mutex_destroy(&vm->lock);
+	free(vm);
+	return result;
+}
