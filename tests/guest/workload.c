@@ -133,7 +133,7 @@ static void work_float(void)
 	for (int i = 0; i < N; i++)
 		for (int k = 0; k < N; k++)
 			a[i][k] = i * 0.5 + k, b[i][k] = k * 0.25 - i;
-	for (int round = 0; round < 30; round++)
+	for (int round = 0; round < 100; round++)
 		for (int i = 0; i < N; i++)
 			for (int k = 0; k < N; k++) {
 				double s = 0;
@@ -146,7 +146,7 @@ static void work_float(void)
 	for (int i = 0; i < BODIES; i++)
 		for (int d = 0; d < 3; d++)
 			x[i][d] = (i + 1) * (d + 1) * 0.37, v[i][d] = 0.01 * (i - d);
-	for (int step = 0; step < 150000; step++) {
+	for (int step = 0; step < 450000; step++) {
 		for (int i = 0; i < BODIES; i++)
 			for (int k = i + 1; k < BODIES; k++) {
 				double dx = x[i][0] - x[k][0], dy = x[i][1] - x[k][1], dz = x[i][2] - x[k][2];
@@ -164,7 +164,7 @@ static void work_float(void)
 			double cx = px / 100.0 - 2, cy = py / 150.0 - 1, zx = 0, zy = 0, t;
 			int n = 0;
 
-			while (n < 200 && zx * zx + zy * zy < 4) {
+			while (n < 600 && zx * zx + zy * zy < 4) {
 				t = zx * zx - zy * zy + cx;
 				zy = 2 * zx * zy + cy;
 				zx = t;
