@@ -98,7 +98,7 @@ static void describe_cpus(struct aml *aml, unsigned cpus)
 {
 	for (unsigned i = 0; i < cpus; i++) {
 		static const char digits[] = "0123456789ABCDEF";
-		char name[] = { 'C', 'P', digits[i >> 4 & 15], digits[i & 15], 0 };
+		char name[] = {'C', 'P', digits[i >> 4 & 15], digits[i & 15], 0};
 		size_t device = aml_begin_device(aml, name);
 
 		aml_name_string(aml, "_HID", "ACPI0007");
@@ -126,7 +126,8 @@ static void describe_routing(struct aml *aml)
 	aml_end(aml, table);
 }
 
-/* A conventional PCI host bridge: as a PCI Express one it would owe the guest an _OSC method and express capabilities. */
+/* A conventional PCI host bridge: as a PCI Express one it would owe the guest an _OSC method and express capabilities.
+ */
 static void describe_pci(struct aml *aml)
 {
 	size_t device = aml_begin_device(aml, "PCI0");
@@ -188,7 +189,7 @@ static void describe_motherboard(struct aml *aml)
 
 static void build_dsdt(struct aml *aml, unsigned cpus)
 {
-	struct acpi_header header = { 0 };
+	struct acpi_header header = {0};
 
 	fill_header(&header, "DSDT", 2); /* revision 2: integers of 64 bits */
 	aml_append(aml, &header, sizeof(header));
@@ -212,7 +213,7 @@ static void build_dsdt(struct aml *aml, unsigned cpus)
 
 static int write_dsdt(struct area *area, unsigned cpus, uint64_t *gpa, struct error *err)
 {
-	__attribute__((cleanup(aml_free))) struct aml aml = { 0 };
+	__attribute__((cleanup(aml_free))) struct aml aml = {0};
 
 	build_dsdt(&aml, cpus);
 	if (aml.failed)
@@ -225,8 +226,8 @@ static int write_dsdt(struct area *area, unsigned cpus, uint64_t *gpa, struct er
 static struct acpi_address port_address(uint16_t port, uint8_t bits)
 {
 	/* access: 1 is a byte, 2 a word, 3 a dword; the event block is two words */
-	return (struct acpi_address){ .space = ADDRESS_SPACE_PORTS, .bits = bits, .access = bits == 8 ? 1 : 2,
-		.address = port };
+	return (struct acpi_address){
+		.space = ADDRESS_SPACE_PORTS, .bits = bits, .access = bits == 8 ? 1 : 2, .address = port};
 }
 
 static int write_fadt(struct area *area, uint64_t dsdt, uint64_t *gpa, struct error *err)
@@ -248,7 +249,7 @@ static int write_fadt(struct area *area, uint64_t dsdt, uint64_t *gpa, struct er
 		/* i8042: only its reset line is there, so no keyboard controller is announced */
 		.boot_flags = BOOT_LEGACY_DEVICES | BOOT_NO_VGA | BOOT_NO_ASPM,
 		.flags = FADT_WBINVD | FADT_C1_SUPPORTED | FADT_NO_FIXED_SLEEP_BUTTON | FADT_NO_FIXED_RTC_WAKE |
-			FADT_TIMER_32BIT | FADT_RESET_REGISTER,
+			 FADT_TIMER_32BIT | FADT_RESET_REGISTER,
 		.reset = port_address(BOARD_PORT_RESET, 8),
 		.reset_value = 6,
 		.minor_revision = 4,
@@ -265,7 +266,7 @@ static int write_fadt(struct area *area, uint64_t dsdt, uint64_t *gpa, struct er
 
 static int write_facs(struct area *area, struct error *err)
 {
-	struct acpi_facs facs = { .signature = "FACS", .length = sizeof(facs), .version = 2 };
+	struct acpi_facs facs = {.signature = "FACS", .length = sizeof(facs), .version = 2};
 
 	return put(area, FACS_ADDRESS, &facs, sizeof(facs), err);
 }
@@ -279,24 +280,27 @@ static int write_madt(struct area *area, unsigned cpus, uint64_t *gpa, struct er
 		struct acpi_madt_nmi nmi;
 		struct acpi_madt_lapic lapic[CPUS_MAX];
 	} ACPI_PACKED table = {
-		.madt = { .lapic_address = BOARD_LAPIC_BASE, .flags = MADT_PCAT_COMPATIBLE },
-		.ioapic = { .type = 1, .length = sizeof(table.ioapic), .address = BOARD_IOAPIC_BASE },
-		.timer = { .type = 2, .length = sizeof(table.timer), .source = 0, .gsi = 2, .flags = INTERRUPT_CONFORMS },
-		.sci = { .type = 2, .length = sizeof(table.sci), .source = BOARD_SCI_IRQ, .gsi = BOARD_SCI_IRQ,
-			.flags = INTERRUPT_LEVEL_HIGH },
-		.nmi = { .type = 4, .length = sizeof(table.nmi), .uid = 0xff /* every CPU */, .lint = 1 },
+		.madt = {.lapic_address = BOARD_LAPIC_BASE, .flags = MADT_PCAT_COMPATIBLE},
+		.ioapic = {.type = 1, .length = sizeof(table.ioapic), .address = BOARD_IOAPIC_BASE},
+		.timer = {.type = 2, .length = sizeof(table.timer), .source = 0, .gsi = 2, .flags = INTERRUPT_CONFORMS},
+		.sci = {.type = 2,
+			.length = sizeof(table.sci),
+			.source = BOARD_SCI_IRQ,
+			.gsi = BOARD_SCI_IRQ,
+			.flags = INTERRUPT_LEVEL_HIGH},
+		.nmi = {.type = 4, .length = sizeof(table.nmi), .uid = 0xff /* every CPU */, .lint = 1},
 	};
 
 	for (unsigned i = 0; i < cpus; i++)
-		table.lapic[i] = (struct acpi_madt_lapic){ .length = sizeof(table.lapic[i]), .uid = i, .id = i,
-			.flags = MADT_LAPIC_ENABLED };
+		table.lapic[i] = (struct acpi_madt_lapic){
+			.length = sizeof(table.lapic[i]), .uid = i, .id = i, .flags = MADT_LAPIC_ENABLED};
 	fill_header(&table.madt.header, "APIC", 5);
 	return put_table(area, &table, sizeof(table) - (CPUS_MAX - cpus) * sizeof(table.lapic[0]), gpa, err);
 }
 
 static int write_mcfg(struct area *area, uint64_t *gpa, struct error *err)
 {
-	struct acpi_mcfg mcfg = { .base = BOARD_ECAM_BASE, .last_bus = 0xff };
+	struct acpi_mcfg mcfg = {.base = BOARD_ECAM_BASE, .last_bus = 0xff};
 
 	fill_header(&mcfg.header, "MCFG", 1);
 	return put_table(area, &mcfg, sizeof(mcfg), gpa, err);
@@ -307,8 +311,8 @@ static int write_roots(struct area *area, const uint64_t tables[3], struct error
 	struct {
 		struct acpi_header header;
 		uint64_t tables[3];
-	} ACPI_PACKED xsdt = { 0 };
-	struct acpi_rsdp rsdp = { .revision = 2, .length = sizeof(rsdp) };
+	} ACPI_PACKED xsdt = {0};
+	struct acpi_rsdp rsdp = {.revision = 2, .length = sizeof(rsdp)};
 	int ret;
 
 	fill_header(&xsdt.header, "XSDT", 1);
@@ -328,7 +332,7 @@ static int write_roots(struct area *area, const uint64_t tables[3], struct error
 
 int acpi_write_tables(struct board *board, unsigned cpus, uint64_t *rsdp, struct error *err)
 {
-	struct area area = { .memory = board_memory(board), .next = TABLES_START };
+	struct area area = {.memory = board_memory(board), .next = TABLES_START};
 	uint64_t dsdt, tables[3];
 	int ret;
 

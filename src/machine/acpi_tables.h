@@ -52,8 +52,8 @@ struct acpi_fadt { /* 5.2.9 */
 	uint16_t arm_boot_flags;
 	uint8_t minor_revision;
 	uint64_t x_facs, x_dsdt;
-	struct acpi_address x_pm1a_event, x_pm1b_event, x_pm1a_control, x_pm1b_control, x_pm2_control, x_pm_timer, x_gpe0,
-		x_gpe1;
+	struct acpi_address x_pm1a_event, x_pm1b_event, x_pm1a_control, x_pm1b_control, x_pm2_control, x_pm_timer,
+		x_gpe0, x_gpe1;
 	struct acpi_address sleep_control, sleep_status;
 	uint64_t hypervisor;
 } ACPI_PACKED;

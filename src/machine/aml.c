@@ -40,7 +40,7 @@ enum {
 void aml_free(struct aml *aml)
 {
 	free(aml->bytes);
-	*aml = (struct aml){ 0 };
+	*aml = (struct aml){0};
 }
 
 void aml_append(struct aml *aml, const void *bytes, size_t n)
@@ -80,7 +80,8 @@ void aml_end(struct aml *aml, size_t begin)
 
 	if (aml->failed)
 		return;
-	/* The package length counts itself (section 20.2.4): six bits in one byte, or four and up to three bytes more. */
+	/* The package length counts itself (section 20.2.4): six bits in one byte, or four and up to three bytes more.
+	 */
 	if (body + 1 < 64) {
 		encoded[0] = body + 1;
 	} else {
@@ -135,7 +136,7 @@ void aml_integer(struct aml *aml, uint64_t value)
 	static const struct {
 		uint64_t most;
 		uint8_t op, bytes;
-	} forms[] = { { 0xff, OP_BYTE, 1 }, { 0xffff, OP_WORD, 2 }, { 0xffffffff, OP_DWORD, 4 }, { ~0ull, OP_QWORD, 8 } };
+	} forms[] = {{0xff, OP_BYTE, 1}, {0xffff, OP_WORD, 2}, {0xffffffff, OP_DWORD, 4}, {~0ull, OP_QWORD, 8}};
 	unsigned i = 0;
 
 	if (value <= 1) { /* ZeroOp, OneOp */

@@ -33,8 +33,9 @@ static int open_regular(const char *what, const char *path, uint64_t most, uint6
 	if (st.st_size == 0)
 		return error_set(err, EINVAL, "%s %s is empty; copy or build it again", what, path);
 	if ((uint64_t)st.st_size > most)
-		return error_set(err, E2BIG, "%s %s of %llu MiB is larger than the guest's memory of %llu MiB; give --memory more",
-			what, path, MIB(st.st_size), MIB(most));
+		return error_set(err, E2BIG,
+			"%s %s of %llu MiB is larger than the guest's memory of %llu MiB; give --memory more", what,
+			path, MIB(st.st_size), MIB(most));
 	*size = st.st_size;
 	return take_fd(&fd);
 }
@@ -51,8 +52,8 @@ static int read_all(const char *what, const char *path, int fd, void *to, uint64
 		if (n < 0)
 			return error_errno(err, "%s %s: reading", what, path);
 		if (n == 0)
-			return error_set(err, EIO, "%s %s shrank to %llu bytes while it was read; try again", what, path,
-				(unsigned long long)done);
+			return error_set(err, EIO, "%s %s shrank to %llu bytes while it was read; try again", what,
+				path, (unsigned long long)done);
 		done += n;
 	}
 	return 0;
@@ -70,14 +71,14 @@ unsigned boot_memory_map(const struct guest_memory *memory, struct boot_range ra
 	uint64_t low = boot_low_end(memory);
 	unsigned n = 0;
 
-	ranges[n++] = (struct boot_range){ 0, BOOT_LOW_END, BOOT_RAM };
-	ranges[n++] = (struct boot_range){ BOOT_LOW_END, 0xa0000 - BOOT_LOW_END, BOOT_RESERVED };
-	ranges[n++] = (struct boot_range){ 0xe0000, 0x20000, BOOT_RESERVED }; /* ACPI tables */
+	ranges[n++] = (struct boot_range){0, BOOT_LOW_END, BOOT_RAM};
+	ranges[n++] = (struct boot_range){BOOT_LOW_END, 0xa0000 - BOOT_LOW_END, BOOT_RESERVED};
+	ranges[n++] = (struct boot_range){0xe0000, 0x20000, BOOT_RESERVED}; /* ACPI tables */
 	if (low > BOOT_KERNEL_MIN)
-		ranges[n++] = (struct boot_range){ BOOT_KERNEL_MIN, low - BOOT_KERNEL_MIN, BOOT_RAM };
-	ranges[n++] = (struct boot_range){ BOARD_ECAM_BASE, BOARD_ECAM_SIZE, BOOT_RESERVED };
+		ranges[n++] = (struct boot_range){BOOT_KERNEL_MIN, low - BOOT_KERNEL_MIN, BOOT_RAM};
+	ranges[n++] = (struct boot_range){BOARD_ECAM_BASE, BOARD_ECAM_SIZE, BOOT_RESERVED};
 	if (memory->size > low)
-		ranges[n++] = (struct boot_range){ MEMORY_HIGH, memory->size - low, BOOT_RAM };
+		ranges[n++] = (struct boot_range){MEMORY_HIGH, memory->size - low, BOOT_RAM};
 	return n;
 }
 
@@ -88,7 +89,8 @@ static int too_small(const struct boot_job *job, uint64_t gpa, uint64_t n, const
 		job->kernel.path, what, (unsigned long long)n, (unsigned long long)gpa, MIB(job->memory->size));
 }
 
-int boot_put(const struct boot_job *job, uint64_t gpa, const void *bytes, uint64_t n, const char *what, struct error *err)
+int boot_put(
+	const struct boot_job *job, uint64_t gpa, const void *bytes, uint64_t n, const char *what, struct error *err)
 {
 	if (!memory_write(job->memory, gpa, bytes, n))
 		return too_small(job, gpa, n, what, err);
@@ -116,7 +118,8 @@ int boot_place_initrd(const struct boot_job *job, uint64_t floor, uint64_t limit
 	floor = align_up(floor, PAGE);
 	if (size > top || align_down(top - size, PAGE) < floor)
 		return error_set(err, ENOSPC,
-			"initrd %s does not fit: %llu MiB are needed above the kernel's end at %llu MiB, and memory for it ends at "
+			"initrd %s does not fit: %llu MiB are needed above the kernel's end at %llu MiB, and memory "
+			"for it ends at "
 			"%llu MiB; give --memory more",
 			job->config->initrd, MIB(size), MIB(floor), (unsigned long long)top >> 20);
 	*gpa = align_down(top - size, PAGE);
@@ -135,7 +138,8 @@ int boot_place_cmdline(const struct boot_job *job, uint64_t longest, struct erro
 	uint64_t n = strlen(cmdline), most = min(longest, BOOT_CMDLINE_MAX - 1);
 
 	if (n > most)
-		return error_set(err, E2BIG, "kernel %s takes a command line of at most %llu bytes, not %llu; shorten --cmdline",
+		return error_set(err, E2BIG,
+			"kernel %s takes a command line of at most %llu bytes, not %llu; shorten --cmdline",
 			job->kernel.path, (unsigned long long)most, (unsigned long long)n);
 	return boot_put(job, BOOT_CMDLINE, cmdline, n + 1, "the command line", err);
 }
@@ -143,7 +147,7 @@ int boot_place_cmdline(const struct boot_job *job, uint64_t longest, struct erro
 int boot_place_gdt(struct boot_entry *entry, const struct boot_job *job, bool long_mode, struct error *err)
 {
 	/* Present, ring 0, 4 GiB, accessed: readable code with L or with D, writable data (SDM volume 3, 3.4.5). */
-	const uint64_t gdt[] = { 0, 0, long_mode ? 0x00af9b000000ffff : 0x00cf9b000000ffff, 0x00cf93000000ffff };
+	const uint64_t gdt[] = {0, 0, long_mode ? 0x00af9b000000ffff : 0x00cf9b000000ffff, 0x00cf93000000ffff};
 
 	entry->gdt = BOOT_GDT;
 	entry->gdt_limit = sizeof(gdt) - 1;
@@ -156,20 +160,23 @@ int boot_load_bytes(struct boot_entry *entry, const struct boot_job *job, struct
 {
 	const struct boot_file *k = &job->kernel;
 
-	*entry = (struct boot_entry){ 0 };
+	*entry = (struct boot_entry){0};
 	if (k->size >= 4 && !memcmp(k->bytes, "\177ELF", 4))
 		return boot_load_elf(entry, job, err);
 	if (k->size >= 0x206 && !memcmp(k->bytes + 0x202, "HdrS", 4))
 		return boot_load_bzimage(entry, job, err);
 	if (k->size < 0x206)
-		return error_set(err, ENOEXEC, "kernel %s of %llu bytes is truncated or not a bzImage or ELF file; copy it again",
-			k->path, (unsigned long long)k->size);
-	return error_set(err, ENOEXEC, "kernel %s is not a bzImage or ELF file; give a vmlinuz or vmlinux for x86-64", k->path);
+		return error_set(err, ENOEXEC,
+			"kernel %s of %llu bytes is truncated or not a bzImage or ELF file; copy it again", k->path,
+			(unsigned long long)k->size);
+	return error_set(
+		err, ENOEXEC, "kernel %s is not a bzImage or ELF file; give a vmlinuz or vmlinux for x86-64", k->path);
 }
 
-int boot_load(struct boot_entry *entry, struct guest_memory *memory, const struct boot_config *config, struct error *err)
+int boot_load(
+	struct boot_entry *entry, struct guest_memory *memory, const struct boot_config *config, struct error *err)
 {
-	struct boot_job job = { .memory = memory, .config = config, .initrd_fd = -1 };
+	struct boot_job job = {.memory = memory, .config = config, .initrd_fd = -1};
 
 	scope_fd int kernel_fd = open_regular("kernel", config->kernel, memory->size, &job.kernel.size, err);
 	if (kernel_fd < 0)

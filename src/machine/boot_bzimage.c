@@ -1,5 +1,5 @@
-/* bzImage by the 64-bit boot protocol (Linux, Documentation/x86/boot.rst and zero-page.rst, protocol 2.12 and later): the
- * decompressor is entered in long mode with an identity map of the first 4 GiB and the zero page in rsi.
+/* bzImage by the 64-bit boot protocol (Linux, Documentation/x86/boot.rst and zero-page.rst, protocol 2.12 and later):
+ * the decompressor is entered in long mode with an identity map of the first 4 GiB and the zero page in rsi.
  */
 #include "machine/boot_internal.h"
 
@@ -71,27 +71,31 @@ static int parse(struct setup *s, const struct boot_job *job, struct error *err)
 	const uint8_t *h = k->bytes;
 
 	if (k->size < HDR_LEAST_END)
-		return error_set(err, ENOEXEC, "kernel %s is truncated: %llu bytes end within its setup header; copy it again",
-			k->path, (unsigned long long)k->size);
+		return error_set(err, ENOEXEC,
+			"kernel %s is truncated: %llu bytes end within its setup header; copy it again", k->path,
+			(unsigned long long)k->size);
 	if (get(h + HDR_VERSION, 2) < PROTOCOL_MIN)
-		return error_set(err, ENOEXEC, "kernel %s has boot protocol %u.%02u; 2.12 (Linux 3.8) or later is needed", k->path,
+		return error_set(err, ENOEXEC,
+			"kernel %s has boot protocol %u.%02u; 2.12 (Linux 3.8) or later is needed", k->path,
 			h[HDR_VERSION + 1], h[HDR_VERSION]);
 	if (!(h[HDR_LOADFLAGS] & LOADED_HIGH) || !(get(h + HDR_XLOADFLAGS, 2) & XLF_KERNEL_64))
-		return error_set(err, ENOEXEC, "kernel %s has no 64-bit entry (xloadflags 0x%04llx); give one for x86-64", k->path,
+		return error_set(err, ENOEXEC,
+			"kernel %s has no 64-bit entry (xloadflags 0x%04llx); give one for x86-64", k->path,
 			(unsigned long long)get(h + HDR_XLOADFLAGS, 2));
 
 	s->header = h;
 	s->header_end = 0x202 + h[HDR_JUMP_LENGTH];
 	if (s->header_end < HDR_LEAST_END || s->header_end > HDR_MOST_END)
-		return error_set(err, ENOEXEC, "kernel %s is damaged: its setup header ends at 0x%llx, not within 0x%x to 0x%x",
-			k->path, (unsigned long long)s->header_end, HDR_LEAST_END, HDR_MOST_END);
+		return error_set(err, ENOEXEC,
+			"kernel %s is damaged: its setup header ends at 0x%llx, not within 0x%x to 0x%x", k->path,
+			(unsigned long long)s->header_end, HDR_LEAST_END, HDR_MOST_END);
 
 	/* Zero sectors mean four, for history's sake. */
 	uint64_t code_start = ((h[HDR_SETUP_SECTS] ? h[HDR_SETUP_SECTS] : 4) + 1) * SECTOR;
 	s->code_size = get(h + HDR_SYSSIZE, 4) * 16;
 	if (s->header_end > k->size || code_start > k->size || s->code_size > k->size - code_start)
-		return error_set(err, ENOEXEC, "kernel %s is truncated: %llu bytes of %llu are there; copy it again", k->path,
-			(unsigned long long)k->size, (unsigned long long)(code_start + s->code_size));
+		return error_set(err, ENOEXEC, "kernel %s is truncated: %llu bytes of %llu are there; copy it again",
+			k->path, (unsigned long long)k->size, (unsigned long long)(code_start + s->code_size));
 	if (s->code_size <= ENTRY_64)
 		return error_set(err, ENOEXEC, "kernel %s is damaged: syssize gives it %llu bytes of code", k->path,
 			(unsigned long long)s->code_size);
@@ -104,8 +108,8 @@ static int parse(struct setup *s, const struct boot_job *job, struct error *err)
 	return 0;
 }
 
-/* A relocatable kernel may be put higher than it prefers, but would move itself up from anywhere lower: so the preferred
- * address decides whether there is room, and there is no reason for another. */
+/* A relocatable kernel may be put higher than it prefers, but would move itself up from anywhere lower: so the
+ * preferred address decides whether there is room, and there is no reason for another. */
 static int place_code(const struct setup *s, const struct boot_job *job, struct error *err)
 {
 	uint64_t end = boot_low_end(job->memory);
@@ -115,10 +119,11 @@ static int place_code(const struct setup *s, const struct boot_job *job, struct 
 			job->kernel.path, (unsigned long long)s->load);
 	if (s->load >= end || s->room > end - s->load)
 		return error_set(err, ENOSPC,
-			"kernel %s needs %llu MiB from 0x%llx (pref_address, init_size), and the guest's memory ends there at %llu MiB; "
+			"kernel %s needs %llu MiB from 0x%llx (pref_address, init_size), and the guest's memory ends "
+			"there at %llu MiB; "
 			"give --memory more",
-			job->kernel.path, (unsigned long long)(s->room + (1 << 20) - 1) >> 20, (unsigned long long)s->load,
-			(unsigned long long)end >> 20);
+			job->kernel.path, (unsigned long long)(s->room + (1 << 20) - 1) >> 20,
+			(unsigned long long)s->load, (unsigned long long)end >> 20);
 	return boot_put(job, s->load, s->code, s->code_size, "the kernel", err);
 }
 
@@ -126,7 +131,7 @@ static int place_code(const struct setup *s, const struct boot_job *job, struct 
 static int place_page_tables(struct boot_entry *entry, const struct boot_job *job, struct error *err)
 {
 	enum { PRESENT_WRITABLE = 3, LARGE = 0x80, ENTRIES = 512, DIRECTORIES = 4 };
-	uint64_t tables[2 + DIRECTORIES][ENTRIES] = { 0 };
+	uint64_t tables[2 + DIRECTORIES][ENTRIES] = {0};
 
 	tables[0][0] = (BOOT_PAGE_TABLES + 0x1000) | PRESENT_WRITABLE;
 	for (uint64_t d = 0; d < DIRECTORIES; d++) {
@@ -140,17 +145,17 @@ static int place_page_tables(struct boot_entry *entry, const struct boot_job *jo
 
 static int place_zero_page(const struct setup *s, const struct boot_job *job, uint64_t initrd, struct error *err)
 {
-	uint8_t page[ZERO_PAGE_SIZE] = { 0 };
+	uint8_t page[ZERO_PAGE_SIZE] = {0};
 	struct boot_range ranges[BOOT_RANGES_MAX];
 	unsigned n = boot_memory_map(job->memory, ranges);
 
 	memcpy(page + HDR_START, s->header + HDR_START, s->header_end - HDR_START);
-	memcpy(page + HDR_VID_MODE, &(uint16_t){ 0xffff }, 2); /* "normal" */
+	memcpy(page + HDR_VID_MODE, &(uint16_t){0xffff}, 2); /* "normal" */
 	page[HDR_TYPE_OF_LOADER] = LOADER_UNKNOWN;
 	page[HDR_LOADFLAGS] &= ~KEEP_SEGMENTS;
-	memcpy(page + HDR_RAMDISK_IMAGE, &(uint32_t){ initrd }, 4);
-	memcpy(page + HDR_RAMDISK_SIZE, &(uint32_t){ initrd ? job->initrd_size : 0 }, 4);
-	memcpy(page + HDR_CMD_LINE_PTR, &(uint32_t){ BOOT_CMDLINE }, 4);
+	memcpy(page + HDR_RAMDISK_IMAGE, &(uint32_t){initrd}, 4);
+	memcpy(page + HDR_RAMDISK_SIZE, &(uint32_t){initrd ? job->initrd_size : 0}, 4);
+	memcpy(page + HDR_CMD_LINE_PTR, &(uint32_t){BOOT_CMDLINE}, 4);
 	memset(page + HDR_SETUP_DATA, 0, 8); /* a list of ours, and we have none */
 	memcpy(page + ZERO_PAGE_RSDP, &job->config->rsdp, 8);
 	page[ZERO_PAGE_E820_COUNT] = n;

@@ -58,6 +58,7 @@ int boot_place_cmdline(const struct boot_job *job, uint64_t longest, struct erro
 /* A flat GDT at BOOT_GDT: null, null, code (64-bit or 32-bit), data. */
 int boot_place_gdt(struct boot_entry *entry, const struct boot_job *job, bool long_mode, struct error *err);
 /* "kernel PATH: WHAT": copies, and says so when the guest's memory is too small. */
-int boot_put(const struct boot_job *job, uint64_t gpa, const void *bytes, uint64_t n, const char *what, struct error *err);
+int boot_put(
+	const struct boot_job *job, uint64_t gpa, const void *bytes, uint64_t n, const char *what, struct error *err);
 /* Zeroes that a kernel expects after its file's bytes. */
 int boot_clear(const struct boot_job *job, uint64_t gpa, uint64_t n, const char *what, struct error *err);

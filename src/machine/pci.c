@@ -3,9 +3,9 @@
  * links, slots or error reporting.
  *
  * Locks, outermost first: bus->devices (who is on the bus; read-held during every configuration access), bus->mapping
- * (serialises changes of the BARs' regions), device->lock (the device's registers), bus->lines (wired-OR of INTx). Taking
- * a region out of its space waits for handlers under way, and those may want device->lock: so nothing is unmapped under
- * that lock, only under `devices` and `mapping`, which no BAR handler takes.
+ * (serialises changes of the BARs' regions), device->lock (the device's registers), bus->lines (wired-OR of INTx).
+ * Taking a region out of its space waits for handlers under way, and those may want device->lock: so nothing is
+ * unmapped under that lock, only under `devices` and `mapping`, which no BAR handler takes.
  */
 #include "machine/pci_internal.h"
 
@@ -46,9 +46,9 @@ struct window {
 	uint64_t base, size;
 };
 
-static const struct window window_32 = { BOARD_PCI_MMIO_BASE, BOARD_PCI_MMIO_SIZE };
-static const struct window window_64 = { BOARD_PCI_MMIO64_BASE, BOARD_PCI_MMIO64_SIZE };
-static const struct window window_io = { PCI_IO_BASE, PCI_IO_SIZE };
+static const struct window window_32 = {BOARD_PCI_MMIO_BASE, BOARD_PCI_MMIO_SIZE};
+static const struct window window_64 = {BOARD_PCI_MMIO64_BASE, BOARD_PCI_MMIO64_SIZE};
+static const struct window window_io = {PCI_IO_BASE, PCI_IO_SIZE};
 
 static void unlock_devices(pthread_rwlock_t **lock)
 {
@@ -86,7 +86,7 @@ void pci_update_intx(struct pci_device *device)
 {
 	struct pci_bus *bus = device->bus;
 	bool wanted = device->intx_level && !(pci_get16(device, PCI_COMMAND) & PCI_COMMAND_INTX_DISABLE) &&
-		!pci_msix_is_on(device);
+		      !pci_msix_is_on(device);
 
 	if (!bus || wanted == device->intx_asserted)
 		return;
@@ -126,8 +126,8 @@ static bool within(const struct window *w, uint64_t base, uint64_t size)
 	return base >= w->base && size <= w->size && base - w->base <= w->size - size;
 }
 
-/* Whether the guest wants this BAR decoded, and where. The bridge forwards only its windows: a BAR that holds the all ones
- * of a size probe, or the address of something on the board, answers nowhere. */
+/* Whether the guest wants this BAR decoded, and where. The bridge forwards only its windows: a BAR that holds the all
+ * ones of a size probe, or the address of something on the board, answers nowhere. */
 static bool bar_decoded(struct pci_device *device, unsigned i, uint64_t *base)
 {
 	const struct pci_bar *bar = &device->bar[i];
@@ -139,7 +139,7 @@ static bool bar_decoded(struct pci_device *device, unsigned i, uint64_t *base)
 	if (!(pci_get16(device, PCI_COMMAND) & (bar->is_io ? PCI_COMMAND_IO : PCI_COMMAND_MEMORY)))
 		return false;
 	if (bar->is_io)
-		return within(&(struct window){ 0x1000, 0xf000 }, *base, bar->size);
+		return within(&(struct window){0x1000, 0xf000}, *base, bar->size);
 	return within(&window_32, *base, bar->size) || (bar->is_64bit && within(&window_64, *base, bar->size));
 }
 
@@ -186,8 +186,8 @@ void pci_map_bars(struct pci_bus *bus)
 			map_wanted(bus, bus->slot[s]);
 }
 
-/* The end of a power-on allocation that overlaps [base, base + size) in the same kind of space, or 0. Power-on addresses,
- * not today's: they must be free again after each reset. */
+/* The end of a power-on allocation that overlaps [base, base + size) in the same kind of space, or 0. Power-on
+ * addresses, not today's: they must be free again after each reset. */
 static uint64_t overlap_end(struct pci_bus *bus, bool is_io, uint64_t base, uint64_t size)
 {
 	for (unsigned s = 0; s < SLOTS; s++) {
@@ -201,7 +201,8 @@ static uint64_t overlap_end(struct pci_bus *bus, bool is_io, uint64_t base, uint
 				continue;
 			memcpy(&other, device->power_on + PCI_BAR0 + 4 * i, bar->is_64bit ? 8 : 4);
 			other &= ~(bar->is_io ? 3ull : 15ull);
-			if (base < other + bar->size && other < base + size)
+			/* Address 0: not placed yet */
+			if (other && base < other + bar->size && other < base + size)
 				return other + bar->size;
 		}
 	}
@@ -239,7 +240,8 @@ static int bar_set_up(struct pci_bus *bus, struct pci_device *device, unsigned i
 	if (ret && bar->is_64bit)
 		ret = bar_place(bus, &window_64, bar, &base);
 	if (ret)
-		return error_set(err, ENOSPC, "PCI device %s: no address is left for BAR %u of %llu bytes; attach fewer devices",
+		return error_set(err, ENOSPC,
+			"PCI device %s: no address is left for BAR %u of %llu bytes; attach fewer devices",
 			device->name, i, (unsigned long long)size);
 
 	pci_set32(device->config, offset, base | (bar->is_io ? 1 : bar->is_64bit ? 4 : 0));
@@ -341,7 +343,7 @@ static void ecam_write(struct io_region *region, uint64_t offset, unsigned size,
 		pci_config_write(bus, offset >> 15 & 31, offset >> 12 & 7, offset & 0xfff, size, value);
 }
 
-static const struct io_ops ecam_ops = { ecam_read, ecam_write };
+static const struct io_ops ecam_ops = {ecam_read, ecam_write};
 
 /* Whether the address register selects bus 0 and the data port access stays within its dword. */
 static bool data_port_selects(uint32_t address, uint64_t offset, unsigned size)
@@ -377,7 +379,7 @@ static void ports_write(struct io_region *region, uint64_t offset, unsigned size
 		pci_config_write(bus, address >> 11 & 31, address >> 8 & 7, (address & 0xfc) + offset - 4, size, value);
 }
 
-static const struct io_ops ports_ops = { ports_read, ports_write };
+static const struct io_ops ports_ops = {ports_read, ports_write};
 
 /* ---- devices come and go ---- */
 
@@ -406,8 +408,8 @@ static int header_set_up(struct pci_bus *bus, struct pci_device *device, struct 
 	/* A device without registers (the host bridge) has nothing to decode and no interrupt. */
 	if (command) {
 		pci_set16(device->writable, PCI_COMMAND,
-			PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_COMMAND_PARITY | PCI_COMMAND_SERR |
-				PCI_COMMAND_INTX_DISABLE);
+			PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | PCI_COMMAND_PARITY |
+				PCI_COMMAND_SERR | PCI_COMMAND_INTX_DISABLE);
 		pci_set16(config, PCI_COMMAND, command);
 		config[PCI_INTERRUPT_PIN] = 1;
 		config[PCI_INTERRUPT_LINE] = 0xff; /* not an 8259 input */
@@ -425,10 +427,11 @@ int pci_add(struct pci_bus *bus, struct pci_device *device, int slot, struct err
 		for (slot = 1; slot < SLOTS && bus->slot[slot]; slot++)
 			;
 	if (slot >= SLOTS)
-		return error_set(err, ENOSPC, "PCI device %s: all %d slots are taken; attach fewer devices", device->name, SLOTS);
+		return error_set(err, ENOSPC, "PCI device %s: all %d slots are taken; attach fewer devices",
+			device->name, SLOTS);
 	if (bus->slot[slot])
-		return error_set(err, EEXIST, "PCI device %s: slot %d already holds %s; choose another", device->name, slot,
-			bus->slot[slot]->name);
+		return error_set(err, EEXIST, "PCI device %s: slot %d already holds %s; choose another", device->name,
+			slot, bus->slot[slot]->name);
 
 	bus->slot[slot] = device;
 	int ret = header_set_up(bus, device, err);
@@ -470,8 +473,9 @@ int pci_add_capability(struct pci_device *device, uint8_t id, const void *body, 
 	unsigned offset = device->next_capability ? device->next_capability : PCI_HEADER_SIZE;
 
 	if (size < 2 || size > PCI_CONFIG_SIZE - offset)
-		return error_set(err, ENOSPC, "PCI device %s: no room for capability 0x%02x of %u bytes at 0x%02x of 0x100",
-			device->name, id, size, offset);
+		return error_set(err, ENOSPC,
+			"PCI device %s: no room for capability 0x%02x of %u bytes at 0x%02x of 0x100", device->name, id,
+			size, offset);
 	device->config[offset] = id;
 	device->config[offset + 1] = 0;
 	memcpy(device->config + offset + 2, body, size - 2);
@@ -499,9 +503,9 @@ int pci_create(struct pci_bus **out, struct board *board, struct error *err)
 	pthread_rwlock_init(&bus->devices, NULL);
 	pthread_mutex_init(&bus->mapping, NULL);
 	pthread_mutex_init(&bus->lines, NULL);
-	bus->ecam = (struct io_region){ .name = "pci-ecam", .ops = &ecam_ops, .base = BOARD_ECAM_BASE,
-		.size = BOARD_ECAM_SIZE };
-	bus->ports = (struct io_region){ .name = "pci-config", .ops = &ports_ops, .base = PORT_ADDRESS, .size = 8 };
+	bus->ecam = (struct io_region){
+		.name = "pci-ecam", .ops = &ecam_ops, .base = BOARD_ECAM_BASE, .size = BOARD_ECAM_SIZE};
+	bus->ports = (struct io_region){.name = "pci-config", .ops = &ports_ops, .base = PORT_ADDRESS, .size = 8};
 	/* QEMU's generic host bridge: known to every system's tables of names, and no quirks are tied to it. */
 	bus->host_bridge.name = "host-bridge";
 	bus->host_bridge.vendor = 0x1b36;

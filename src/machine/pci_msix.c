@@ -1,5 +1,5 @@
-/* MSI-X (PCI Local Bus Specification 3.0, section 6.8.2): the capability, the table and the pending bits. The first half
- * of the BAR is the table, the second the pending bits, so that a page-sized half can be mapped on its own.
+/* MSI-X (PCI Local Bus Specification 3.0, section 6.8.2): the capability, the table and the pending bits. The first
+ * half of the BAR is the table, the second the pending bits, so that a page-sized half can be mapped on its own.
  */
 #include "machine/pci_internal.h"
 
@@ -55,7 +55,7 @@ bool pci_msix_enabled(struct pci_device *device)
 static bool function_may_send(const struct pci_device *device)
 {
 	return pci_msix_is_on(device) && !control_has(device, CONTROL_MASK_ALL) &&
-		(pci_get16(device, PCI_COMMAND) & PCI_COMMAND_MASTER);
+	       (pci_get16(device, PCI_COMMAND) & PCI_COMMAND_MASTER);
 }
 
 /* The lock stays held while the message goes out: a guest that has masked a vector and read that back must not get its
@@ -149,22 +149,22 @@ static void msix_write(struct io_region *region, uint64_t offset, unsigned size,
 		write_dword(m->device, offset + 4, value >> 32);
 }
 
-static const struct io_ops msix_ops = { msix_read, msix_write };
+static const struct io_ops msix_ops = {msix_read, msix_write};
 
 int pci_add_msix(struct pci_device *device, unsigned vectors, unsigned bar, struct error *err)
 {
 	uint64_t half = bar < PCI_BARS ? device->bar[bar].size / 2 : 0;
 
 	if (device->msix || !vectors || vectors > MAX_VECTORS || (uint64_t)vectors * ENTRY_SIZE > half)
-		return error_set(err, EINVAL, "PCI device %s: BAR %u of %llu bytes cannot hold %u MSI-X vectors", device->name,
-			bar, (unsigned long long)half * 2, vectors);
+		return error_set(err, EINVAL, "PCI device %s: BAR %u of %llu bytes cannot hold %u MSI-X vectors",
+			device->name, bar, (unsigned long long)half * 2, vectors);
 
 	scope_free struct pci_msix *m = calloc(1, sizeof(*m) + vectors * sizeof(m->table[0]));
 	scope_free uint64_t *pending = calloc((vectors + 63) / 64, sizeof(*pending));
 	if (!m || !pending)
 		return error_set(err, ENOMEM, "PCI device %s: no memory for %u MSI-X vectors", device->name, vectors);
 
-	uint8_t body[CAPABILITY_SIZE - 2] = { 0 };
+	uint8_t body[CAPABILITY_SIZE - 2] = {0};
 	pci_set16(body, CONTROL - 2, vectors - 1);
 	pci_set32(body, 4 - 2, 0 | bar);
 	pci_set32(body, 8 - 2, half | bar);
@@ -198,7 +198,7 @@ void pci_msix_reset(struct pci_device *device)
 		return;
 	memset(m->pending, 0, pending_words(m) * sizeof(*m->pending));
 	for (unsigned i = 0; i < m->vectors; i++)
-		memcpy(m->table[i], (uint32_t[ENTRY_DWORDS]){ [VECTOR_CONTROL] = ENTRY_MASKED }, ENTRY_SIZE);
+		memcpy(m->table[i], (uint32_t[ENTRY_DWORDS]){[VECTOR_CONTROL] = ENTRY_MASKED}, ENTRY_SIZE);
 }
 
 void pci_msix_free(struct pci_device *device)
