@@ -1,5 +1,5 @@
-/* The devices that can be put on a board. A constructor puts its device on the board's PCI bus; the back end (disk, net)
- * stays the caller's and must outlive the device. */
+/* The devices that can be put on a board. A constructor puts its device on the board's PCI bus; the back end (disk,
+ * net) stays the caller's and must outlive the device. */
 #pragma once
 
 #include <stdint.h>
