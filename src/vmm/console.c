@@ -36,6 +36,7 @@ struct console {
 	int file;	     /* of VMM_SERIAL_FILE */
 	int sink;	     /* where the writer writes; -1: nobody reads */
 	bool writing, released, closing, complained;
+	bool abandoned, ended; /* the later of console_destroy() and a writer that hung disposes */
 	pthread_t writer;
 
 	/* input; on the loop */
@@ -103,12 +104,9 @@ static void sink_failed(struct console *c, int code)
 	pthread_cond_broadcast(&c->drained);
 }
 
-/* Writes it all, without the lock; 0 or -errno. The only place where console_destroy may cut the writer off. */
+/* Writes it all, without the lock; 0 or -errno. */
 static int write_chunk(struct console *c, int fd, const uint8_t *bytes, size_t n)
 {
-	int before;
-
-	pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &before);
 	while (n) {
 		ssize_t done = write_out(c, fd, bytes, n);
 
@@ -119,23 +117,27 @@ static int write_chunk(struct console *c, int fd, const uint8_t *bytes, size_t n
 			/* Somebody who shares the descriptor has made it non-blocking. */
 			poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, -1);
 		} else if (errno != EINTR) {
-			int code = errno; /* EAGAIN from a socket: its client has not read for SO_SNDTIMEO */
-
-			pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
-			return -code;
+			return -errno; /* EAGAIN from a socket: its client has not read for SO_SNDTIMEO */
 		}
 	}
-	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
 	return 0;
+}
+
+static void dispose(struct console *c)
+{
+	cleanup_close(&c->file);
+	pthread_cond_destroy(&c->filled);
+	pthread_cond_destroy(&c->drained);
+	pthread_mutex_destroy(&c->lock);
+	free(c);
 }
 
 static void *writer_main(void *opaque)
 {
 	struct console *c = opaque;
 	uint8_t chunk[WRITE_MOST];
-	int before;
+	bool abandoned;
 
-	pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
 	pthread_mutex_lock(&c->lock);
 	for (;;) {
 		uint32_t at = c->tail % OUTPUT_SIZE;
@@ -160,7 +162,11 @@ static void *writer_main(void *opaque)
 			sink_failed(c, -result);
 		pthread_cond_broadcast(&c->drained);
 	}
+	c->ended = true;
+	abandoned = c->abandoned;
 	pthread_mutex_unlock(&c->lock);
+	if (abandoned)
+		dispose(c);
 	return NULL;
 }
 
@@ -409,9 +415,6 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 		return 0;
 	}
 
-	/* The serial port first: what is read may go there at once. */
-	serial_set_output(serial, console_output, c);
-	serial_set_room(serial, console_room, c);
 	result = open_back_end(c, path, err);
 	if (result == 0) {
 		int code = pthread_create(&c->writer, NULL, writer_main, c);
@@ -424,11 +427,14 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 		console_destroy(c);
 		return result;
 	}
+	serial_set_output(serial, console_output, c);
+	serial_set_room(serial, console_room, c);
 	*console = c;
 	return 0;
 }
 
-static void stop_writer(struct console *c)
+/* false: it hangs in a write that nobody takes, and is left to the end of the process. */
+static bool stop_writer(struct console *c)
 {
 	struct timespec deadline;
 	bool stuck = false;
@@ -442,16 +448,19 @@ static void stop_writer(struct console *c)
 		stuck = pthread_cond_timedwait(&c->drained, &c->lock, &deadline) == ETIMEDOUT;
 	pthread_mutex_unlock(&c->lock);
 	if (stuck)
-		pthread_cancel(c->writer);
-	pthread_join(c->writer, NULL);
+		pthread_detach(c->writer);
+	else
+		pthread_join(c->writer, NULL);
+	return !stuck;
 }
 
 void console_destroy(struct console *c)
 {
+	bool stopped;
+
 	if (!c)
 		return;
-	if (c->running)
-		stop_writer(c);
+	stopped = !c->running || stop_writer(c);
 	if (c->watched)
 		loop_remove_fd(c->loop, c->source);
 	if (c->kind == VMM_SERIAL_SOCKET) {
@@ -463,9 +472,10 @@ void console_destroy(struct console *c)
 	} else if (c->kind == VMM_SERIAL_STDIO) {
 		terminal_restore();
 	}
-	cleanup_close(&c->file);
-	pthread_cond_destroy(&c->filled);
-	pthread_cond_destroy(&c->drained);
-	pthread_mutex_destroy(&c->lock);
-	free(c);
+	pthread_mutex_lock(&c->lock);
+	c->abandoned = !stopped && !c->ended;
+	stopped = !c->abandoned;
+	pthread_mutex_unlock(&c->lock);
+	if (stopped)
+		dispose(c);
 }

@@ -253,7 +253,6 @@ int vm_destroy(struct vm *vm, struct error *err)
 			result = -why.code;
 		}
 	}
-	console_destroy(vm->console);
 	for (unsigned i = 0; i < vm->cpus; i++) {
 		if (vm->vcpu[i].engine)
 			vm->engine->vcpu_destroy(vm->vcpu[i].engine);
@@ -263,6 +262,7 @@ int vm_destroy(struct vm *vm, struct error *err)
 		vm->engine->vm_destroy(vm->engine_vm);
 	if (vm->board)
 		board_destroy(vm->board);
+	console_destroy(vm->console); /* after the serial port, which gives out what it still holds */
 	if (vm->has_memory)
 		memory_destroy(&vm->memory);
 	if (vm->signal_fd >= 0)

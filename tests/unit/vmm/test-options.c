@@ -1,0 +1,247 @@
+/* hostel-vmm's command line: what is understood, and what a wrong one is told. Engines and CPU models are stand-ins. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+#include <string.h>
+
+#include "base/util.h"
+#include "engine/cpu_model.h"
+#include "engine/engine.h"
+#include "vmm/options.h"
+
+static const struct engine first = {.name = "first"}, second = {.name = "second"};
+const struct engine *const engines[] = {&first, &second, NULL};
+static const struct cpu_model host = {.name = "host"}, v2 = {.name = "x86-64-v2"};
+
+const struct cpu_model *cpu_model_find(const char *name, struct error *err)
+{
+	if (!strcmp(name, "host"))
+		return &host;
+	if (!strcmp(name, "x86-64-v2"))
+		return &v2;
+	error_set(err, strcmp(name, "x86-64-v3") ? EINVAL : ENOTSUP, "CPU model %s", name);
+	return NULL;
+}
+
+#define WORDS_MOST 64
+
+/* Splits a line at its blanks; '' stands for an empty word. */
+static int parse(struct vmm_config *config, const char *line, struct error *err)
+{
+	static char text[4096];
+	char *words[WORDS_MOST + 1] = {"hostel-vmm"}, *next = text;
+	int count = 1;
+
+	assert_true(strlen(line) < sizeof(text));
+	strcpy(text, line);
+	for (char *word; (word = strsep(&next, " "));) {
+		assert_true(count < WORDS_MOST);
+		if (*word)
+			words[count++] = strcmp(word, "''") ? word : "";
+	}
+	*err = (struct error){0};
+	return vmm_config_parse(config, count, words, err);
+}
+
+static void test_defaults(void **state)
+{
+	struct vmm_config c;
+	struct error err;
+
+	assert_int_equal(parse(&c, "--kernel k", &err), 0);
+	assert_int_equal(c.action, VMM_RUN);
+	assert_null(c.engine);
+	assert_ptr_equal(c.cpu, &host);
+	assert_int_equal(c.cpus, 1);
+	assert_int_equal(c.memory, 512 << 20);
+	assert_string_equal(c.kernel, "k");
+	assert_null(c.initrd);
+	assert_string_equal(c.cmdline, "console=ttyS0");
+	assert_int_equal(c.disks, 0);
+	assert_int_equal(c.nets, 0);
+	assert_int_equal(c.serial, VMM_SERIAL_STDIO);
+	assert_false(c.exit_on_reset);
+	vmm_config_free(&c);
+}
+
+static void test_everything(void **state)
+{
+	static const uint8_t mac[6] = {0x52, 0x54, 0, 0xaB, 0xcd, 0xef};
+	struct vmm_config c;
+	struct error err;
+
+	assert_int_equal(
+		parse(&c,
+			"--engine second --cpus=64 --memory 3G --kernel=a=b --initrd i --cmdline x=y,z "
+			"--disk a --disk b,format=raw,readonly --disk c,,d,format=qcow2 --disk e,readonly "
+			"--net user --net user,forward=tcp:127.0.0.1:2222-:22,mac=52:54:00:aB:Cd:ef,forward=tcp::1-:2 "
+			"--net tap=t0 --serial socket=/s --cpu x86-64-v2 --on-reset exit",
+			&err),
+		0);
+	assert_ptr_equal(c.engine, &second);
+	assert_int_equal(c.cpus, 64);
+	assert_int_equal(c.memory, 3ull << 30);
+	assert_string_equal(c.kernel, "a=b");
+	assert_string_equal(c.initrd, "i");
+	assert_string_equal(c.cmdline, "x=y,z");
+	assert_int_equal(c.disks, 4);
+	assert_string_equal(c.disk[0].path, "a");
+	assert_int_equal(c.disk[0].options.format, DISK_AUTO);
+	assert_false(c.disk[0].options.read_only);
+	assert_string_equal(c.disk[1].path, "b");
+	assert_int_equal(c.disk[1].options.format, DISK_RAW);
+	assert_true(c.disk[1].options.read_only);
+	assert_string_equal(c.disk[2].path, "c,d");
+	assert_int_equal(c.disk[2].options.format, DISK_QCOW2);
+	assert_true(c.disk[3].options.read_only);
+	assert_int_equal(c.nets, 3);
+	assert_string_equal(c.net[0].spec, "user");
+	assert_false(c.net[0].has_mac);
+	assert_string_equal(c.net[1].spec, "user,forward=tcp:127.0.0.1:2222-:22,forward=tcp::1-:2");
+	assert_true(c.net[1].has_mac);
+	assert_memory_equal(c.net[1].mac, mac, 6);
+	assert_string_equal(c.net[2].spec, "tap=t0");
+	assert_int_equal(c.serial, VMM_SERIAL_SOCKET);
+	assert_string_equal(c.serial_path, "/s");
+	assert_ptr_equal(c.cpu, &v2);
+	assert_true(c.exit_on_reset);
+	vmm_config_free(&c);
+}
+
+static void test_good(void **state)
+{
+	static const struct {
+		const char *line;
+		enum vmm_action action;
+	} good[] = {
+		{"--help", VMM_HELP},
+		{"--version", VMM_VERSION},
+		{"--kernel k --help --nonsense", VMM_HELP},
+		{"--kernel k --engine auto", VMM_RUN},
+		{"--kernel k --cmdline ''", VMM_RUN},
+		{"--kernel k --cmdline=", VMM_RUN},
+		{"--kernel k --memory 16M", VMM_RUN},
+		{"--kernel k --memory 256G", VMM_RUN},
+		{"--kernel k --memory 268435456", VMM_RUN},
+		{"--kernel k --cpus 1 --cpus 2", VMM_RUN},
+		{"--kernel k --serial none", VMM_RUN},
+		{"--kernel k --serial file=/f --on-reset reboot", VMM_RUN},
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(good); i++) {
+		struct vmm_config c;
+		struct error err;
+
+		if (parse(&c, good[i].line, &err) < 0)
+			fail_msg("%s: %s", good[i].line, err.text);
+		assert_int_equal(c.action, good[i].action);
+		vmm_config_free(&c);
+	}
+}
+
+/* Each is refused in one line that names the option or the value, and what to do. */
+static void test_bad(void **state)
+{
+	static const struct {
+		const char *line, *named, *remedy;
+	} bad[] = {
+		{"", "kernel", "--kernel FILE"},
+		{"kernel", "'kernel'", "--help"},
+		{"-k", "'-k'", "--help"},
+		{"--", "'--'", "--help"},
+		{"--kernels k", "--kernels", "--help"},
+		{"--kern k", "--kern", "--help"},
+		{"--kernel", "--kernel", "--kernel FILE"},
+		{"--kernel=", "--kernel", "--kernel FILE"},
+		{"--kernel ''", "--kernel", "--kernel FILE"},
+		{"--help=yes", "'yes'", "leave it out"},
+		{"--kernel k --cpus 0", "--cpus 0", "1 to 64"},
+		{"--kernel k --cpus 65", "--cpus 65", "1 to 64"},
+		{"--kernel k --cpus -1", "--cpus -1", "1 to 64"},
+		{"--kernel k --cpus 2x", "--cpus 2x", "1 to 64"},
+		{"--kernel k --cpus 99999999999999999999999", "--cpus 999", "1 to 64"},
+		{"--kernel k --memory lots", "\"lots\"", "512M"},
+		{"--kernel k --memory 1", "--memory 1", "16M"},
+		{"--kernel k --memory 257G", "--memory 257G", "256G"},
+		{"--kernel k --memory 99999999999999999999G", "99999999999999999999G", "at most"},
+		{"--kernel k --memory 16777217", "--memory 16777217", "17M"},
+		{"--kernel k --engine kvm", "--engine kvm", "auto, first, second"},
+		{"--kernel k --cpu z80", "--cpu", "z80"},
+		{"--kernel k --on-reset panic", "--on-reset panic", "reboot or exit"},
+		{"--kernel k --serial tty", "--serial tty", "stdio"},
+		{"--kernel k --serial file=", "--serial file=", "file=PATH"},
+		{"--kernel k --serial socket=", "--serial socket=", "socket=PATH"},
+		{"--kernel k --disk", "--disk", "FILE"},
+		{"--kernel k --disk ,readonly", "',readonly'", "--disk FILE"},
+		{"--kernel k --disk d,format=vmdk", "'vmdk'", "raw or qcow2"},
+		{"--kernel k --disk d,fast", "'fast'", "readonly"},
+		{"--kernel k --disk d,", "--disk d,", "readonly"},
+		{"--kernel k --net bridge", "--net bridge", "tap=NAME"},
+		{"--kernel k --net mac=52:54:00:00:00:01", "--net mac=", "user"},
+		{"--kernel k --net user,mac=", "''", "mac=52:54"},
+		{"--kernel k --net user,mac=52:54:00:00:00", "'52:54:00:00:00'", "mac=52:54"},
+		{"--kernel k --net user,mac=52:54:00:00:00:01:", "'52:54:00:00:00:01:'", "mac=52:54"},
+		{"--kernel k --net user,mac=52:54:00:00:00:0g", ":0g'", "mac=52:54"},
+		{"--kernel k --net user,mac=53:54:00:00:00:01", "'53:54", "even"},
+		{"--kernel k --disk 1 --disk 2 --disk 3 --disk 4 --disk 5 --disk 6 --disk 7 --disk 8 --disk 9 --disk "
+		 "10 "
+		 "--disk 11 --disk 12 --disk 13 --disk 14 --disk 15 --disk 16 --disk 17",
+			"--disk 17", "leave this one out"},
+		{"--kernel k --net user --net user --net user --net user --net user --net user --net user --net user "
+		 "--net tap=x",
+			"--net tap=x", "leave this one out"},
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
+		struct vmm_config c;
+		struct error err;
+
+		if (parse(&c, bad[i].line, &err) == 0)
+			fail_msg("accepted: %s", bad[i].line);
+		vmm_config_free(&c);
+		assert_true(err.code == EINVAL || err.code == ERANGE);
+		if (!strstr(err.text, bad[i].named) || !strstr(err.text, bad[i].remedy) || strchr(err.text, '\n'))
+			fail_msg("%s: told \"%s\", wanted %s and %s", bad[i].line, err.text, bad[i].named,
+				bad[i].remedy);
+	}
+}
+
+/* A model that exists but not for this host is no wrong usage. */
+static void test_cpu_beyond_host(void **state)
+{
+	struct vmm_config c;
+	struct error err;
+
+	assert_true(parse(&c, "--kernel k --cpu x86-64-v3", &err) < 0);
+	assert_int_equal(err.code, ENOTSUP);
+	vmm_config_free(&c);
+}
+
+static void test_help_names_all(void **state)
+{
+	static const char *const names[] = {"--engine", "--cpus", "--memory", "--kernel", "--initrd", "--cmdline",
+		"--disk", "--net", "--serial", "--cpu ", "--on-reset", "--help", "--version"};
+	char text[8192] = "";
+	FILE *to = fmemopen(text, sizeof(text) - 1, "w");
+
+	vmm_help(to);
+	fclose(to);
+	for (size_t i = 0; i < ARRAY_SIZE(names); i++)
+		assert_non_null(strstr(text, names[i]));
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_defaults),
+		cmocka_unit_test(test_everything),
+		cmocka_unit_test(test_good),
+		cmocka_unit_test(test_bad),
+		cmocka_unit_test(test_cpu_beyond_host),
+		cmocka_unit_test(test_help_names_all),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
