@@ -39,6 +39,7 @@ struct board_host {
 	void (*interrupt_ready)(void *opaque, unsigned cpu);	 /* something is now pending for cpu: kick it */
 	void (*init)(void *opaque, unsigned cpu);		 /* INIT IPI */
 	void (*startup)(void *opaque, unsigned cpu, uint8_t vector); /* SIPI: starts at vector << 12, if waiting */
+	void (*nmi)(void *opaque, unsigned cpu);		 /* NULL: NMIs are dropped */
 };
 
 struct board_config {
@@ -55,6 +56,7 @@ struct pci_bus;
 struct serial;
 
 int board_create(struct board **board, const struct board_config *config, struct error *err);
+/* On the loop's thread or when the loop has ended, with the vCPUs stopped; the loop must not run any more after it. */
 void board_destroy(struct board *board);
 /* Everything back to power-on state; the vCPUs are stopped while it is called. */
 void board_reset(struct board *board);
@@ -65,6 +67,9 @@ struct pci_bus *board_pci(struct board *board);
 struct serial *board_serial(struct board *board);
 struct guest_memory *board_memory(struct board *board);
 struct loop *board_loop(struct board *board);
+
+/* The guest's ACPI power button is pressed. */
+void board_power_button(struct board *board);
 
 /* Level of a global system interrupt: 0 to 15 reach both 8259s and the IOAPIC (with the usual override of 0 to 2), 16 to
  * 23 the IOAPIC only. */

@@ -6,9 +6,14 @@
 
 struct serial;
 
-/* Where transmitted bytes go; called on vCPU threads; must not block for long. */
-void serial_set_output(struct serial *serial, void (*output)(void *opaque, const uint8_t *bytes, size_t n), void *opaque);
-/* Offers received bytes; returns how many were taken (the receive FIFO has room for few); call again when room() runs. */
+/* Where transmitted bytes go, in chunks; called on the loop's thread and on vCPU threads, by one at a time; must not
+ * block for long. */
+void serial_set_output(
+	struct serial *serial, void (*output)(void *opaque, const uint8_t *bytes, size_t n), void *opaque);
+/* Offers received bytes; returns how many were taken (the receive FIFO has room for few); call again when room() runs.
+ */
 size_t serial_input(struct serial *serial, const uint8_t *bytes, size_t n);
 /* Called when the guest has read input and there is room again. */
 void serial_set_room(struct serial *serial, void (*room)(void *opaque), void *opaque);
+/* Gives out transmitted bytes that still wait for the loop; the board does it before power-off and reset. */
+void serial_flush(struct serial *serial);
