@@ -471,9 +471,9 @@ static void test_terminal(void **state)
 		print(f, "ready", 5);
 		while (!f->left)
 			usleep(1000);
+		finish(f);
 		if (f->serial.got_count != 3 || memcmp(f->serial.got, "abc", 3))
 			_exit(12);
-		finish(f);
 		tcgetattr(0, &after);
 		_exit(same_settings(&before, &after) ? 0 : 13);
 	}
