@@ -73,13 +73,23 @@ static void append_byte(struct aml *aml, uint8_t byte)
 	aml_append(aml, &byte, 1);
 }
 
+/* Puts n bytes, at most 8, in front of what was appended from `position` on. */
+static void insert(struct aml *aml, size_t position, const uint8_t *bytes, size_t n)
+{
+	size_t after = aml->length - position;
+
+	aml_append(aml, bytes, n); /* makes the room */
+	if (aml->failed)
+		return;
+	memmove(aml->bytes + position + n, aml->bytes + position, after);
+	memcpy(aml->bytes + position, bytes, n);
+}
+
 void aml_end(struct aml *aml, size_t begin)
 {
 	size_t body = aml->length - begin, bytes = 1;
 	uint8_t encoded[4];
 
-	if (aml->failed)
-		return;
 	/* The package length counts itself (section 20.2.4): six bits in one byte, or four and up to three bytes more.
 	 */
 	if (body + 1 < 64) {
@@ -91,11 +101,7 @@ void aml_end(struct aml *aml, size_t begin)
 		for (size_t i = 1; i < bytes; i++)
 			encoded[i] = (body + bytes) >> (4 + 8 * (i - 1));
 	}
-	aml_append(aml, encoded, bytes); /* makes the room */
-	if (aml->failed)
-		return;
-	memmove(aml->bytes + begin + bytes, aml->bytes + begin, body);
-	memcpy(aml->bytes + begin, encoded, bytes);
+	insert(aml, begin, encoded, bytes);
 }
 
 static void append_path(struct aml *aml, const char *name)
@@ -187,27 +193,25 @@ void aml_name_eisa(struct aml *aml, const char *name, const char *id)
 
 /* ---- resources ---- */
 
-/* The buffer's size stands in front of its bytes and is known at the end: it gets a word of its own to be filled in. */
 size_t aml_begin_resources(struct aml *aml)
 {
 	aml_name(aml, "_CRS");
 	append_byte(aml, OP_BUFFER);
-	size_t begin = aml->length;
-
-	append_byte(aml, OP_WORD);
-	append_number(aml, 0, 2);
-	return begin;
+	return aml->length;
 }
 
 void aml_end_resources(struct aml *aml, size_t begin)
 {
 	append_byte(aml, RESOURCE_END);
 	append_byte(aml, 0); /* checksum: zero means not checked */
-	if (aml->failed)
-		return;
 
-	uint16_t size = aml->length - begin - 3;
-	memcpy(aml->bytes + begin + 1, &size, sizeof(size));
+	/* The buffer's size stands in front of its bytes, as an integer: no template here is longer than a word tells.
+	 */
+	size_t size = aml->length - begin;
+	if (size <= 0xff)
+		insert(aml, begin, (uint8_t[]){OP_BYTE, size}, 2);
+	else
+		insert(aml, begin, (uint8_t[]){OP_WORD, size, size >> 8}, 3);
 	aml_end(aml, begin);
 }
 
