@@ -51,7 +51,8 @@ struct serial {
 
 	pthread_mutex_t
 		output_lock; /* held while bytes are given out, so that they stay in order; taken before `lock` */
-	void (*output)(void *opaque, const uint8_t *bytes, size_t n);
+	size_t (*output)(void *opaque, const uint8_t *bytes, size_t n);
+	void (*output_wait)(void *opaque);
 	void *output_opaque;
 	void (*room)(void *opaque);
 	void *room_opaque;
@@ -59,21 +60,24 @@ struct serial {
 
 /* ---- output ---- */
 
-/* Gives out what is buffered. No lock is held. */
-static void flush(struct serial *s)
+/* Gives out what is buffered, as far as the sink takes it. No lock is held. False: it took nothing. */
+static bool flush(struct serial *s)
 {
 	uint8_t bytes[OUTPUT_SIZE];
-	size_t n;
+	size_t n, taken;
 
 	scope_lock(&s->output_lock);
 	{
 		scope_lock(&s->lock);
 		n = s->pending_count;
 		memcpy(bytes, s->pending, n);
-		s->pending_count = 0;
 	}
-	if (n && s->output)
-		s->output(s->output_opaque, bytes, n);
+	taken = n && s->output ? s->output(s->output_opaque, bytes, n) : n;
+	/* Others have only appended meanwhile. */
+	scope_lock(&s->lock);
+	s->pending_count -= taken;
+	memmove(s->pending, s->pending + taken, s->pending_count);
+	return taken || !n;
 }
 
 static void flush_posted(void *opaque)
@@ -92,10 +96,12 @@ void serial_flush(struct serial *s)
 	flush(s);
 }
 
-void serial_set_output(struct serial *s, void (*output)(void *opaque, const uint8_t *bytes, size_t n), void *opaque)
+void serial_set_output(struct serial *s, size_t (*output)(void *opaque, const uint8_t *bytes, size_t n),
+	void (*wait)(void *opaque), void *opaque)
 {
 	scope_lock(&s->output_lock);
 	s->output = output;
+	s->output_wait = wait;
 	s->output_opaque = opaque;
 }
 
@@ -351,8 +357,10 @@ static void region_write(struct io_region *region, uint64_t offset, unsigned siz
 	struct wakeups w = {0};
 	bool tell;
 
-	while (!try_write(s, offset, value, &w, &tell))
-		flush(s);
+	while (!try_write(s, offset, value, &w, &tell)) {
+		if (!flush(s))
+			s->output_wait(s->output_opaque);
+	}
 	board_wake(s->board, &w);
 	if (tell)
 		call_room(s);

@@ -36,6 +36,7 @@ struct console {
 	int file;	     /* of VMM_SERIAL_FILE */
 	int sink;	     /* where the writer writes; -1: nobody reads */
 	bool writing, released, closing, complained;
+	bool refused;	       /* the serial port holds bytes that there was no room for */
 	bool abandoned, ended; /* the later of console_destroy() and a writer that hung disposes */
 	pthread_t writer;
 
@@ -52,35 +53,69 @@ struct console {
 
 /* ---- output ---- */
 
-/* Under the lock. When nobody reads, or nobody may wait any more, the oldest bytes give way. */
-static void append(struct console *c, const uint8_t *bytes, size_t n, bool wait)
+/* Under the lock: may bytes that nobody has read be lost? When there is no reader, or no time any more. */
+static bool lossy(const struct console *c)
 {
-	while (n) {
-		uint32_t room = OUTPUT_SIZE - (c->head - c->tail), at = c->head % OUTPUT_SIZE;
-		uint32_t now = (uint32_t)min((size_t)min(room, OUTPUT_SIZE - at), n);
-
-		if (!room) {
-			if (wait && c->sink >= 0 && !c->released)
-				pthread_cond_wait(&c->drained, &c->lock);
-			else
-				c->tail += (uint32_t)min(n, (size_t)WRITE_MOST);
-			continue;
-		}
-		memcpy(c->output + at, bytes, now);
-		c->head += now;
-		bytes += now;
-		n -= now;
-		pthread_cond_signal(&c->filled);
-	}
+	return c->sink < 0 || c->released;
 }
 
-/* From the serial port, on a vCPU's thread. */
-static void console_output(void *opaque, const uint8_t *bytes, size_t n)
+/* Under the lock. Takes what there is room for; all of it if the oldest bytes may give way. */
+static size_t append(struct console *c, const uint8_t *bytes, size_t n, bool drop_oldest)
+{
+	size_t taken = 0;
+
+	while (taken < n) {
+		uint32_t room = OUTPUT_SIZE - (c->head - c->tail), at = c->head % OUTPUT_SIZE;
+		uint32_t now = (uint32_t)min((size_t)min(room, OUTPUT_SIZE - at), n - taken);
+
+		if (!room && !drop_oldest)
+			break;
+		if (!room)
+			c->tail += (uint32_t)min(n - taken, (size_t)WRITE_MOST);
+		memcpy(c->output + at, bytes + taken, now);
+		c->head += now;
+		taken += now;
+	}
+	pthread_cond_signal(&c->filled);
+	return taken;
+}
+
+/* From the serial port: on the loop's thread or a vCPU's. */
+static size_t console_output(void *opaque, const uint8_t *bytes, size_t n)
+{
+	struct console *c = opaque;
+	size_t taken;
+	scope_lock(&c->lock);
+
+	taken = append(c, bytes, n, lossy(c));
+	c->refused = taken < n;
+	return taken;
+}
+
+/* From the serial port, on the thread of a vCPU that cannot go on. */
+static void console_wait(void *opaque)
 {
 	struct console *c = opaque;
 	scope_lock(&c->lock);
 
-	append(c, bytes, n, true);
+	while (!lossy(c) && c->head - c->tail == OUTPUT_SIZE)
+		pthread_cond_wait(&c->drained, &c->lock);
+}
+
+static void offer_again(void *opaque)
+{
+	struct console *c = opaque;
+
+	serial_flush(c->serial);
+}
+
+/* Under the lock: there is room, or waiting is over. */
+static void drained(struct console *c)
+{
+	pthread_cond_broadcast(&c->drained);
+	if (c->refused)
+		loop_post(c->loop, offer_again, c);
+	c->refused = false;
 }
 
 static ssize_t write_out(struct console *c, int fd, const uint8_t *bytes, size_t n)
@@ -101,7 +136,7 @@ static void sink_failed(struct console *c, int code)
 			strerror(code));
 	c->complained = true;
 	c->sink = -1;
-	pthread_cond_broadcast(&c->drained);
+	drained(c);
 }
 
 /* Writes it all, without the lock; 0 or -errno. */
@@ -153,7 +188,7 @@ static void *writer_main(void *opaque)
 		memcpy(chunk, c->output + at, n);
 		c->tail += n;
 		c->writing = true;
-		pthread_cond_broadcast(&c->drained);
+		drained(c);
 		pthread_mutex_unlock(&c->lock);
 		result = write_chunk(c, fd, chunk, n);
 		pthread_mutex_lock(&c->lock);
@@ -176,7 +211,7 @@ static void set_sink(struct console *c, int fd)
 	scope_lock(&c->lock);
 
 	c->sink = fd;
-	pthread_cond_broadcast(&c->drained);
+	drained(c);
 	while (c->writing && fd < 0)
 		pthread_cond_wait(&c->drained, &c->lock);
 	pthread_cond_signal(&c->filled);
@@ -187,7 +222,7 @@ void console_release(struct console *c)
 	scope_lock(&c->lock);
 
 	c->released = true;
-	pthread_cond_broadcast(&c->drained);
+	drained(c);
 }
 
 /* ---- input, on the loop's thread ---- */
@@ -234,7 +269,7 @@ static bool read_source(struct console *c)
 		} else if (key == TERMINAL_KEY_HELP) {
 			scope_lock(&c->lock);
 
-			append(c, (const uint8_t *)terminal_help, strlen(terminal_help), false);
+			append(c, (const uint8_t *)terminal_help, strlen(terminal_help), true);
 		}
 	}
 	return true;
@@ -427,7 +462,7 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 		console_destroy(c);
 		return result;
 	}
-	serial_set_output(serial, console_output, c);
+	serial_set_output(serial, console_output, console_wait, c);
 	serial_set_room(serial, console_room, c);
 	*console = c;
 	return 0;

@@ -1,9 +1,10 @@
 /* Where the guest's first serial port goes: standard input and output, a file, a Unix socket, or nowhere.
  *
- * Output: the vCPU puts its bytes in a buffer of 64 KiB, a thread of the console writes them out. When the buffer is
- * full the vCPU waits for room: nothing is lost because a pipe is slow. Without a reader (a socket that nobody is
- * connected to) the buffer keeps the newest 64 KiB. Input: read on the loop as fast as the guest takes it; only a
- * terminal is read on regardless, so that the escape keys work while the guest does not listen.
+ * Output: the serial port puts its bytes in a buffer of 64 KiB, a thread of the console writes them out. When the
+ * buffer is full a vCPU that prints waits for room, the loop never does: nothing is lost because a pipe is slow.
+ * Without a reader (a socket that nobody is connected to) the buffer keeps the newest 64 KiB. Input: read on the loop
+ * as fast as the guest takes it; only a terminal is read on regardless, so that the escape keys work while the guest
+ * does not listen.
  */
 #pragma once
 
