@@ -49,8 +49,8 @@ def run_checks(tmp_path, host_values, kernel, form, cpus, extra=""):
             v.fail(f"exit status {status} after power-off")
         v.check_kernel_log()
         names = {line.split()[1] for _, line in v.lines if re.match(r"CHECK \S+ ok", line)}
-        for name in ("cpuinfo", "memory", "clock", "forks", "signals", "float", "threads", "mmap", "selfmod", "i386",
-                     "net-tcp", "disk-write", "disk-read"):
+        for name in ("cpuinfo", "memory", "clock", "forks", "signals", "float", "threads", "mmap", "selfmod",
+                     "selfmod-threads", "i386", "net-tcp", "disk-write", "disk-read"):
             assert name in names, f"the check {name} did not run: {sorted(names)}"
         verify_values(v, cpus, 512, host_values)
         verify_clock(v)
@@ -69,7 +69,7 @@ def test_checks(tmp_path, host_values, kernel, form, cpus):
 @pytest.mark.parametrize("model", ["x86-64-v2", "x86-64-v3"])
 def test_cpu_model(model, host_values):
     """A named model shows its flags, hides what is above it, and computes the same."""
-    with vm.guest("cloud", "vmlinux", "checks", "hostel.only=cpuinfo,float,i386,signals", cpus=2,
+    with vm.guest("cloud", "vmlinux", "checks", "hostel.only=cpuinfo,float,signals,i386", cpus=2,
                   arguments=["--cpu", model]) as v:
         v.expect(r"^CHECKS 4 ok, 0 failed", timeout=120)
         v.check_kernel_log()

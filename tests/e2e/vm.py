@@ -1,5 +1,6 @@
 """Runs hostel-vmm for a test: the serial console as timestamped lines, input, the way it ended. The environment variable
 VMM names another program with the same command line (tests/tools/qemu-as-hostel)."""
+import codecs
 import os
 import pathlib
 import pty
@@ -36,7 +37,7 @@ class Vm:
     Use as a context manager: leaving it ends the process."""
 
     def __init__(self, *arguments, terminal=False, memory="512M", cpus=1, program=None, mirror=None, environment=None):
-        self.lines = []  # (host time, text)
+        self.lines = []  # (host time, text), without escape sequences and carriage returns
         self.partial = ""
         self.mirror = mirror  # called with each piece of text as it arrives
         self.condition = threading.Condition()
@@ -66,6 +67,8 @@ class Vm:
         self.reader.start()
 
     def _read(self):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        held = ""  # the beginning of an escape sequence whose rest has not arrived yet
         while True:
             try:
                 data = os.read(self.output, 65536)
@@ -77,13 +80,18 @@ class Vm:
                     self.eof = True
                     self.condition.notify_all()
                     return
-                text = data.decode("utf-8", "replace").replace("\r", "")
+                raw = decoder.decode(data)
+                text = re.sub(r"\x1b(\[[?0-9;]*[a-zA-Z]|[^\[])|\r", "", held + raw)
+                held = ""
+                begin = text.rfind("\x1b", max(0, len(text) - 20))
+                if begin >= 0:
+                    text, held = text[:begin], text[begin:]
                 self.text += text
                 *full, self.partial = (self.partial + text).split("\n")
                 self.lines += [(now, line) for line in full]
                 self.condition.notify_all()
             if self.mirror:
-                self.mirror(text)
+                self.mirror(raw)
 
     def __enter__(self):
         return self
@@ -129,7 +137,7 @@ class Vm:
         text = self.text[begin:match.start()]
         # The echo of what was typed ends with its own newline; long lines may have been wrapped by the shell.
         text = text[text.index("'OF' $?") + 7:].lstrip("\n") if "'OF' $?" in text else text
-        return int(match.group(1)), re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", text)
+        return int(match.group(1)), text
 
     def wait(self, timeout=60):
         """Waits for the end of the process; returns its exit status."""

@@ -1,6 +1,9 @@
 /* The test guest's checks. A check is a function that returns 0 if all is well; what it prints last is the detail of its
  * "CHECK" line. Lines that begin with "VALUE name" are compared by the harness with what the same program prints on the
- * host, "CLOCK" lines with the host's clock. */
+ * host, "CLOCK" lines with the host's clock.
+ *
+ * The checks themselves are proved on QEMU's TCG (tests/tools/qemu-as-hostel), which sets TCG in the environment: it raises
+ * no #XM, knows no segment limits, and another processor's patch of a loop of one instruction may never be seen. */
 #pragma once
 
 #include <stddef.h>
