@@ -17,10 +17,11 @@ static void must(bool holds)
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 {
 	static struct guest_memory memory;
-	const struct boot_config config = { .cmdline = "console=ttyS0", .rsdp = 0xe0000 };
-	const struct boot_job job = { .memory = &memory, .config = &config, .kernel = { "fuzz", bytes, n }, .initrd_fd = -1 };
+	const struct boot_config config = {.cmdline = "console=ttyS0", .rsdp = 0xe0000};
+	const struct boot_job job = {
+		.memory = &memory, .config = &config, .kernel = {"fuzz", bytes, n}, .initrd_fd = -1};
 	struct boot_entry entry;
-	struct error err = { 0 };
+	struct error err = {0};
 
 	if (!memory.ranges && memory_create(&memory, MEMORY_SIZE, &err))
 		abort();

@@ -4,8 +4,8 @@
  *
  * Locks, outermost first: bus->devices (who is on the bus; read-held during every configuration access), bus->mapping
  * (serialises changes of the BARs' regions), device->lock (the device's registers), bus->lines (wired-OR of INTx).
- * Taking a region out of its space waits for handlers under way, and those may want device->lock: so nothing is
- * unmapped under that lock, only under `devices` and `mapping`, which no BAR handler takes.
+ * Regions come and go under the first two only, which no BAR handler takes: a handler may take device->lock, and so a
+ * space is free to wait for handlers under way while it gives up a region.
  */
 #include "machine/pci_internal.h"
 

@@ -53,6 +53,7 @@ struct pci_device {
  * firmware would leave them) and decoding is enabled, so that kernels which trust firmware work. The device must be all
  * zeroes but for what its owner fills; capabilities may be added before or after. */
 int pci_add(struct pci_bus *bus, struct pci_device *device, int slot, struct error *err);
+/* The vCPUs are stopped: an access that was looked up before may else still reach a handler afterwards. */
 void pci_remove(struct pci_device *device);
 
 /* Appends a capability of `size` bytes, body copied from after the two header bytes; returns its offset in configuration
