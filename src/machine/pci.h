@@ -15,7 +15,7 @@ struct pci_device;
 #define PCI_BARS 6
 
 struct pci_bar {
-	uint64_t size;	 /* a power of two; 0: absent */
+	uint64_t size; /* a power of two; 0: absent */
 	bool is_64bit, is_io;
 	struct io_region region; /* ops and name set by the device; base and size by the bus while the guest decodes */
 	struct pci_msix *msix;	 /* pci_add_msix: this BAR is its table */
@@ -38,7 +38,8 @@ struct pci_device {
 	uint8_t revision;
 	uint32_t class_code; /* 24 bits: class, subclass, programming interface */
 	struct pci_bar bar[PCI_BARS];
-	/* The rest is pci.c's, but a device may set bits of `writable` within its own capabilities before the guest runs. */
+	/* The rest is pci.c's, but a device may set bits of `writable` within its own capabilities before the guest
+	 * runs. */
 	struct pci_bus *bus;
 	unsigned slot;
 	uint8_t config[4096], writable[4096];
@@ -56,8 +57,8 @@ int pci_add(struct pci_bus *bus, struct pci_device *device, int slot, struct err
 /* The vCPUs are stopped: an access that was looked up before may else still reach a handler afterwards. */
 void pci_remove(struct pci_device *device);
 
-/* Appends a capability of `size` bytes, body copied from after the two header bytes; returns its offset in configuration
- * space or -errno. */
+/* Appends a capability of `size` bytes, body copied from after the two header bytes; returns its offset in
+ * configuration space or -errno. */
 int pci_add_capability(struct pci_device *device, uint8_t id, const void *body, unsigned size, struct error *err);
 
 /* MSI-X with `vectors` entries; table and pending bits live in BAR `bar` (whose size must be set and which then belongs
@@ -70,7 +71,8 @@ void pci_msix_send(struct pci_device *device, unsigned vector);
 void pci_intx(struct pci_device *device, bool level);
 
 uint64_t pci_config_read(struct pci_bus *bus, unsigned slot, unsigned function, unsigned offset, unsigned size);
-void pci_config_write(struct pci_bus *bus, unsigned slot, unsigned function, unsigned offset, unsigned size, uint64_t v);
+void pci_config_write(
+	struct pci_bus *bus, unsigned slot, unsigned function, unsigned offset, unsigned size, uint64_t v);
 
 /* Slot to GSI routing for INTx (also written into the DSDT's _PRT). */
 unsigned pci_slot_gsi(unsigned slot);
