@@ -132,7 +132,7 @@ static void sink_failed(struct console *c, int code)
 	if (c->kind == VMM_SERIAL_SOCKET)
 		shutdown(c->sink, SHUT_RDWR);
 	else if (!c->complained)
-		fprintf(stderr, "hostel-vmm: writing the guest's console: %s; what it prints from here on is lost\n",
+		terminal_say("hostel-vmm: writing the guest's console: %s; what it prints from here on is lost\n",
 			strerror(code));
 	c->complained = true;
 	c->sink = -1;
@@ -390,7 +390,7 @@ static int open_stdio(struct console *c, struct error *err)
 	if (isatty(STDIN_FILENO)) {
 		console_resume(c);
 		if (c->terminal)
-			fputs("hostel-vmm: Ctrl-A x leaves, Ctrl-A h shows help\n", stderr);
+			terminal_say("hostel-vmm: Ctrl-A x leaves, Ctrl-A h shows help\n");
 		return 0;
 	}
 	if (fcntl(STDIN_FILENO, F_GETFD) < 0) /* started with standard input closed */

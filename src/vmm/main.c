@@ -13,7 +13,7 @@
 
 static int complain(const struct error *err, int status)
 {
-	fprintf(stderr, "hostel-vmm: %s\n", err->text);
+	terminal_say("hostel-vmm: %s\n", err->text);
 	return status;
 }
 

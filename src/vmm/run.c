@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "vmm/terminal.h"
 
 #define RFLAGS_IF (1ull << 9)
 
@@ -110,7 +111,7 @@ static void tell_statistics(struct vcpu *v)
 
 	if (v->vm->engine->vcpu_statistics)
 		v->vm->engine->vcpu_statistics(v->engine, text, sizeof(text));
-	fprintf(stderr, "hostel-vmm: vCPU %u\n%s", v->index, text);
+	terminal_say("hostel-vmm: vCPU %u\n%s", v->index, text);
 }
 
 static void answer_calls(struct vcpu *v)
@@ -160,7 +161,7 @@ static void triple_fault(struct vcpu *v)
 		vm_stop(v->vm, VM_CAUSE_FAILED, &err);
 		return;
 	}
-	fprintf(stderr, "hostel-vmm: %s; the machine is reset\n", err.text);
+	terminal_say("hostel-vmm: %s; the machine is reset\n", err.text);
 	vm_stop(v->vm, VM_CAUSE_RESET, NULL);
 }
 
@@ -173,11 +174,11 @@ static void engine_failed(struct vcpu *v, const char *message)
 
 	v->vm->engine->vcpu_get(v->engine, ENGINE_STATE_GPRS | ENGINE_STATE_SEGMENTS | ENGINE_STATE_CONTROL, &s);
 	for (unsigned i = 0; i < 16; i++)
-		fprintf(stderr, "%3s %016llx%s", names[i], (unsigned long long)s.gprs[i], i % 4 == 3 ? "\n" : "  ");
-	fprintf(stderr, "rip %016llx  rflags %08llx  cs %04x base %llx\n", (unsigned long long)s.rip,
+		terminal_say("%3s %016llx%s", names[i], (unsigned long long)s.gprs[i], i % 4 == 3 ? "\n" : "  ");
+	terminal_say("rip %016llx  rflags %08llx  cs %04x base %llx\n", (unsigned long long)s.rip,
 		(unsigned long long)s.rflags, s.segments[ENGINE_CS].selector,
 		(unsigned long long)s.segments[ENGINE_CS].base);
-	fprintf(stderr, "cr0 %llx  cr2 %llx  cr3 %llx  cr4 %llx  efer %llx\n", (unsigned long long)s.cr0,
+	terminal_say("cr0 %llx  cr2 %llx  cr3 %llx  cr4 %llx  efer %llx\n", (unsigned long long)s.cr0,
 		(unsigned long long)s.cr2, (unsigned long long)s.cr3, (unsigned long long)s.cr4,
 		(unsigned long long)s.efer);
 	error_set(&err, EIO, "engine %s: vCPU %u at rip %#llx: %s", v->vm->engine->name, v->index,

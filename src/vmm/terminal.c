@@ -2,7 +2,10 @@
 #include "vmm/terminal.h"
 
 #include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -38,7 +41,6 @@ bool terminal_raw(int fd)
 		return false;
 	raw = saved.before;
 	cfmakeraw(&raw);
-	raw.c_oflag |= OPOST; /* so that a plain newline, as in our own messages, still returns the carriage */
 	saved.fd = fd;
 	saved.raw = 1;
 	if (tcsetattr(fd, TCSANOW, &raw) < 0) {
@@ -46,6 +48,23 @@ bool terminal_raw(int fd)
 		return false;
 	}
 	return true;
+}
+
+void terminal_say(const char *format, ...)
+{
+	char text[5000], *rest = text, *line;
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(text, sizeof(text), format, args);
+	va_end(args);
+	flockfile(stderr); /* several vCPUs may have something to say */
+	while ((line = strsep(&rest, "\n"))) {
+		fputs(line, stderr);
+		if (rest)
+			fputs(saved.raw ? "\r\n" : "\n", stderr);
+	}
+	funlockfile(stderr);
 }
 
 static void fault_handler(int signal_number)

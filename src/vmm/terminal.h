@@ -14,6 +14,9 @@ bool terminal_raw(int fd);
 /* The settings found by terminal_raw() are back; nothing happens if there are none. Safe in a signal handler. */
 void terminal_restore(void);
 
+/* A message on standard error, as printf; its newlines return the carriage also while the terminal is raw. */
+void terminal_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 /* Escape keys: Ctrl-A, then x (leave), h (help), a or Ctrl-A (send one Ctrl-A). Anything else goes to the guest with
  * the Ctrl-A before it, as if there were no escape. */
 #define TERMINAL_ESCAPE 0x01
