@@ -2,24 +2,20 @@
 #include "vmm/console.h"
 
 #include <fcntl.h>
-#include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
-#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "vmm/console_open.h"
+#include "vmm/console_output.h"
 #include "vmm/terminal.h"
 
-#define OUTPUT_SIZE (64u << 10) /* a power of two */
-#define WRITE_MOST 4096u	/* at once: a client that stalls then holds little */
 #define INPUT_SIZE 4096u
-#define FLUSH_SECONDS 2
 
 struct console {
 	enum vmm_serial kind;
@@ -28,21 +24,12 @@ struct console {
 	void (*leave)(void *opaque);
 	void *leave_opaque;
 
-	/* output; under lock */
-	pthread_mutex_t lock;
-	pthread_cond_t filled, drained;
-	uint8_t output[OUTPUT_SIZE];
-	uint32_t head, tail; /* free-running: head is where the next byte goes, tail the next to be written */
-	int file;	     /* of VMM_SERIAL_FILE */
-	int sink;	     /* where the writer writes; -1: nobody reads */
-	bool writing, released, closing, complained;
-	bool refused;	       /* the serial port holds bytes that there was no room for */
-	bool abandoned, ended; /* the later of console_destroy() and a writer that hung disposes */
-	pthread_t writer;
+	struct console_output *output; /* NULL: none */
+	int file;		       /* of VMM_SERIAL_FILE */
 
 	/* input; on the loop */
 	int source; /* -1: none */
-	bool watched, pollable, terminal, running;
+	bool watched, pollable, terminal;
 	struct terminal_filter filter;
 	uint8_t input[INPUT_SIZE];
 	size_t input_at, input_end;
@@ -51,178 +38,36 @@ struct console {
 	struct console_socket socket;
 };
 
-/* ---- output ---- */
+/* ---- output: from the serial port ---- */
 
-/* Under the lock: may bytes that nobody has read be lost? When there is no reader, or no time any more. */
-static bool lossy(const struct console *c)
-{
-	return c->sink < 0 || c->released;
-}
-
-/* Under the lock. Takes what there is room for; all of it if the oldest bytes may give way. */
-static size_t append(struct console *c, const uint8_t *bytes, size_t n, bool drop_oldest)
-{
-	size_t taken = 0;
-
-	while (taken < n) {
-		uint32_t room = OUTPUT_SIZE - (c->head - c->tail), at = c->head % OUTPUT_SIZE;
-		uint32_t now = (uint32_t)min((size_t)min(room, OUTPUT_SIZE - at), n - taken);
-
-		if (!room && !drop_oldest)
-			break;
-		if (!room)
-			c->tail += (uint32_t)min(n - taken, (size_t)WRITE_MOST);
-		memcpy(c->output + at, bytes + taken, now);
-		c->head += now;
-		taken += now;
-	}
-	pthread_cond_signal(&c->filled);
-	return taken;
-}
-
-/* From the serial port: on the loop's thread or a vCPU's. */
-static size_t console_output(void *opaque, const uint8_t *bytes, size_t n)
+/* On the loop's thread or a vCPU's. */
+static size_t serial_output(void *opaque, const uint8_t *bytes, size_t n)
 {
 	struct console *c = opaque;
-	size_t taken;
-	scope_lock(&c->lock);
 
-	taken = append(c, bytes, n, lossy(c));
-	c->refused = taken < n;
-	return taken;
+	return console_output_put(c->output, bytes, n, false);
 }
 
-/* From the serial port, on the thread of a vCPU that cannot go on. */
-static void console_wait(void *opaque)
+/* On the thread of a vCPU that cannot go on. */
+static void serial_wait(void *opaque)
 {
 	struct console *c = opaque;
-	scope_lock(&c->lock);
 
-	while (!lossy(c) && c->head - c->tail == OUTPUT_SIZE)
-		pthread_cond_wait(&c->drained, &c->lock);
+	console_output_wait(c->output);
 }
 
-static void offer_again(void *opaque)
+/* On the loop's thread: what the port kept may come now. */
+static void output_has_room(void *opaque)
 {
 	struct console *c = opaque;
 
 	serial_flush(c->serial);
 }
 
-/* Under the lock: there is room, or waiting is over. */
-static void drained(struct console *c)
-{
-	pthread_cond_broadcast(&c->drained);
-	if (c->refused)
-		loop_post(c->loop, offer_again, c);
-	c->refused = false;
-}
-
-static ssize_t write_out(struct console *c, int fd, const uint8_t *bytes, size_t n)
-{
-	if (c->kind == VMM_SERIAL_SOCKET)
-		return send(fd, bytes, n, MSG_NOSIGNAL);
-	return write(fd, bytes, n);
-}
-
-/* Under the lock: the sink takes no more. A socket's client is hung up, which the loop sees; other back ends have only
- * one sink, so that the VM goes on without its console. */
-static void sink_failed(struct console *c, int code)
-{
-	if (c->kind == VMM_SERIAL_SOCKET)
-		shutdown(c->sink, SHUT_RDWR);
-	else if (!c->complained)
-		terminal_say("hostel-vmm: writing the guest's console: %s; what it prints from here on is lost\n",
-			strerror(code));
-	c->complained = true;
-	c->sink = -1;
-	drained(c);
-}
-
-/* Writes it all, without the lock; 0 or -errno. */
-static int write_chunk(struct console *c, int fd, const uint8_t *bytes, size_t n)
-{
-	while (n) {
-		ssize_t done = write_out(c, fd, bytes, n);
-
-		if (done >= 0) {
-			bytes += done;
-			n -= (size_t)done;
-		} else if (errno == EAGAIN && c->kind != VMM_SERIAL_SOCKET) {
-			/* Somebody who shares the descriptor has made it non-blocking. */
-			poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, -1);
-		} else if (errno != EINTR) {
-			return -errno; /* EAGAIN from a socket: its client has not read for SO_SNDTIMEO */
-		}
-	}
-	return 0;
-}
-
-static void dispose(struct console *c)
-{
-	cleanup_close(&c->file);
-	pthread_cond_destroy(&c->filled);
-	pthread_cond_destroy(&c->drained);
-	pthread_mutex_destroy(&c->lock);
-	free(c);
-}
-
-static void *writer_main(void *opaque)
-{
-	struct console *c = opaque;
-	uint8_t chunk[WRITE_MOST];
-	bool abandoned;
-
-	pthread_mutex_lock(&c->lock);
-	for (;;) {
-		uint32_t at = c->tail % OUTPUT_SIZE;
-		uint32_t n = min(min(c->head - c->tail, OUTPUT_SIZE - at), WRITE_MOST);
-		int fd = c->sink, result;
-
-		if (!n || fd < 0) {
-			if (c->closing)
-				break;
-			pthread_cond_wait(&c->filled, &c->lock);
-			continue;
-		}
-		memcpy(chunk, c->output + at, n);
-		c->tail += n;
-		c->writing = true;
-		drained(c);
-		pthread_mutex_unlock(&c->lock);
-		result = write_chunk(c, fd, chunk, n);
-		pthread_mutex_lock(&c->lock);
-		c->writing = false;
-		if (result < 0 && c->sink == fd)
-			sink_failed(c, -result);
-		pthread_cond_broadcast(&c->drained);
-	}
-	c->ended = true;
-	abandoned = c->abandoned;
-	pthread_mutex_unlock(&c->lock);
-	if (abandoned)
-		dispose(c);
-	return NULL;
-}
-
-/* The writer uses no more what was the sink until now; the caller may close it. */
-static void set_sink(struct console *c, int fd)
-{
-	scope_lock(&c->lock);
-
-	c->sink = fd;
-	drained(c);
-	while (c->writing && fd < 0)
-		pthread_cond_wait(&c->drained, &c->lock);
-	pthread_cond_signal(&c->filled);
-}
-
 void console_release(struct console *c)
 {
-	scope_lock(&c->lock);
-
-	c->released = true;
-	drained(c);
+	if (c->output)
+		console_output_release(c->output);
 }
 
 /* ---- input, on the loop's thread ---- */
@@ -267,9 +112,7 @@ static bool read_source(struct console *c)
 		if (key == TERMINAL_KEY_LEAVE) {
 			c->leave(c->leave_opaque);
 		} else if (key == TERMINAL_KEY_HELP) {
-			scope_lock(&c->lock);
-
-			append(c, (const uint8_t *)terminal_help, strlen(terminal_help), true);
+			console_output_put(c->output, (const uint8_t *)terminal_help, strlen(terminal_help), true);
 		}
 	}
 	return true;
@@ -338,7 +181,7 @@ static void source_closed(struct console *c)
 	if (c->kind == VMM_SERIAL_SOCKET) {
 		/* Wakes a writer that waits for this client. */
 		shutdown(c->source, SHUT_RDWR);
-		set_sink(c, -1);
+		console_output_set_sink(c->output, -1);
 		close(c->source);
 	}
 	c->source = -1;
@@ -361,7 +204,7 @@ static void client_arrived(void *opaque, int listener, uint32_t events)
 		close(take_fd(&c->source));
 		return;
 	}
-	set_sink(c, c->source);
+	console_output_set_sink(c->output, c->source);
 }
 
 /* ---- terminal ---- */
@@ -386,7 +229,7 @@ void console_resume(struct console *c)
 
 static int open_stdio(struct console *c, struct error *err)
 {
-	c->sink = STDOUT_FILENO;
+	console_output_set_sink(c->output, STDOUT_FILENO);
 	if (isatty(STDIN_FILENO)) {
 		console_resume(c);
 		if (c->terminal)
@@ -410,7 +253,8 @@ static int open_back_end(struct console *c, const char *path, struct error *err)
 		return open_stdio(c, err);
 	case VMM_SERIAL_FILE:
 		result = console_open_file(&c->file, path, err);
-		c->sink = c->file;
+		if (result == 0)
+			console_output_set_sink(c->output, c->file);
 		return result;
 	case VMM_SERIAL_SOCKET:
 		result = console_listen(&c->socket, path, err);
@@ -425,77 +269,40 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 	struct loop *loop, void (*leave)(void *opaque), void *opaque, struct error *err)
 {
 	struct console *c = calloc(1, sizeof(*c));
-	pthread_condattr_t attributes;
-	int result;
+	int result = 0;
 
 	if (!c)
 		return error_errno(err, "serial console");
-	*c = (struct console){.kind = kind,
-		.serial = serial,
-		.loop = loop,
-		.leave = leave,
-		.leave_opaque = opaque,
-		.file = -1,
-		.sink = -1,
-		.source = -1,
-		.socket.fd = -1};
-	pthread_mutex_init(&c->lock, NULL);
-	pthread_condattr_init(&attributes);
-	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-	pthread_cond_init(&c->filled, &attributes);
-	pthread_cond_init(&c->drained, &attributes);
-	pthread_condattr_destroy(&attributes);
-	if (kind == VMM_SERIAL_NONE) {
-		*console = c;
-		return 0;
-	}
-
-	result = open_back_end(c, path, err);
-	if (result == 0) {
-		int code = pthread_create(&c->writer, NULL, writer_main, c);
-
-		c->running = code == 0;
-		if (code)
-			result = error_set(err, code, "starting the console's thread: %s", strerror(code));
-	}
+	c->kind = kind;
+	c->serial = serial;
+	c->loop = loop;
+	c->leave = leave;
+	c->leave_opaque = opaque;
+	c->file = c->source = c->socket.fd = -1;
+	if (kind != VMM_SERIAL_NONE)
+		result = console_output_create(&c->output, kind == VMM_SERIAL_SOCKET, loop, output_has_room, c, err);
+	if (result == 0)
+		result = open_back_end(c, path, err);
 	if (result < 0) {
 		console_destroy(c);
 		return result;
 	}
-	serial_set_output(serial, console_output, console_wait, c);
-	serial_set_room(serial, console_room, c);
+	if (kind != VMM_SERIAL_NONE) {
+		serial_set_output(serial, serial_output, serial_wait, c);
+		serial_set_room(serial, console_room, c);
+	}
 	*console = c;
 	return 0;
 }
 
-/* false: it hangs in a write that nobody takes, and is left to the end of the process. */
-static bool stop_writer(struct console *c)
-{
-	struct timespec deadline;
-	bool stuck = false;
-
-	clock_gettime(CLOCK_MONOTONIC, &deadline);
-	deadline.tv_sec += FLUSH_SECONDS;
-	pthread_mutex_lock(&c->lock);
-	c->released = c->closing = true;
-	pthread_cond_broadcast(&c->filled);
-	while (!stuck && (c->writing || (c->sink >= 0 && c->head != c->tail)))
-		stuck = pthread_cond_timedwait(&c->drained, &c->lock, &deadline) == ETIMEDOUT;
-	pthread_mutex_unlock(&c->lock);
-	if (stuck)
-		pthread_detach(c->writer);
-	else
-		pthread_join(c->writer, NULL);
-	return !stuck;
-}
-
 void console_destroy(struct console *c)
 {
-	bool stopped;
-
 	if (!c)
 		return;
-	stopped = !c->running || stop_writer(c);
+	/* First, so that the last words reach their reader. A write that hangs does so on a descriptor that is not ours
+	 * to close or that the end of the process closes: a client's writes end by themselves. */
+	if (c->output && !console_output_destroy(c->output))
+		c->file = -1;
 	if (c->watched)
 		loop_remove_fd(c->loop, c->source);
 	if (c->kind == VMM_SERIAL_SOCKET) {
@@ -507,10 +314,6 @@ void console_destroy(struct console *c)
 	} else if (c->kind == VMM_SERIAL_STDIO) {
 		terminal_restore();
 	}
-	pthread_mutex_lock(&c->lock);
-	c->abandoned = !stopped && !c->ended;
-	stopped = !c->abandoned;
-	pthread_mutex_unlock(&c->lock);
-	if (stopped)
-		dispose(c);
+	cleanup_close(&c->file);
+	free(c);
 }

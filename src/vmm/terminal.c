@@ -3,6 +3,7 @@
 
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,7 @@
 
 /* Of the process and not of a VM, since a fault handler must find it: the one terminal, and its settings before. */
 static struct {
-	volatile sig_atomic_t raw;
+	atomic_bool raw; /* the rest is set before it is */
 	int fd;
 	struct termios before;
 } saved;
@@ -24,10 +25,8 @@ const char terminal_help[] = "\r\nhostel-vmm: Ctrl-A x  leave: stop the virtual 
 
 void terminal_restore(void)
 {
-	if (!saved.raw)
-		return;
-	saved.raw = 0;
-	tcsetattr(saved.fd, TCSANOW, &saved.before);
+	if (atomic_exchange(&saved.raw, false))
+		tcsetattr(saved.fd, TCSANOW, &saved.before);
 }
 
 bool terminal_raw(int fd)
@@ -37,14 +36,14 @@ bool terminal_raw(int fd)
 	/* In the background the settings are those of whoever has the terminal now, and not ours to change. */
 	if (!isatty(fd) || tcgetpgrp(fd) != getpgrp())
 		return false;
-	if (!saved.raw && tcgetattr(fd, &saved.before) < 0)
+	if (!atomic_load(&saved.raw) && tcgetattr(fd, &saved.before) < 0)
 		return false;
 	raw = saved.before;
 	cfmakeraw(&raw);
 	saved.fd = fd;
-	saved.raw = 1;
+	atomic_store(&saved.raw, true);
 	if (tcsetattr(fd, TCSANOW, &raw) < 0) {
-		saved.raw = 0;
+		atomic_store(&saved.raw, false);
 		return false;
 	}
 	return true;
@@ -62,7 +61,7 @@ void terminal_say(const char *format, ...)
 	while ((line = strsep(&rest, "\n"))) {
 		fputs(line, stderr);
 		if (rest)
-			fputs(saved.raw ? "\r\n" : "\n", stderr);
+			fputs(atomic_load(&saved.raw) ? "\r\n" : "\n", stderr);
 	}
 	funlockfile(stderr);
 }
