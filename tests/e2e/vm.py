@@ -34,9 +34,9 @@ class Failed(AssertionError):
 
 class Vm:
     """A running VM. The console is a pipe, or with terminal=True a pseudo-terminal whose other end is self.terminal.
-    Use as a context manager: leaving it ends the process."""
+    prefix is a command that runs it (unshare …). Use as a context manager: leaving it ends the process."""
 
-    def __init__(self, *arguments, terminal=False, memory="512M", cpus=1, program=None, mirror=None, environment=None):
+    def __init__(self, *arguments, terminal=False, memory="512M", cpus=1, prefix=(), mirror=None, environment=None):
         self.lines = []  # (host time, text), without escape sequences and carriage returns
         self.partial = ""
         self.mirror = mirror  # called with each piece of text as it arrives
@@ -46,7 +46,7 @@ class Vm:
         self.eof = False
         self.terminal = None
         self.errors = tempfile.TemporaryFile()
-        self.command = [program or VMM, "--cpus", str(cpus), "--memory", str(memory), *map(str, arguments)]
+        self.command = [*map(str, prefix), VMM, "--cpus", str(cpus), "--memory", str(memory), *map(str, arguments)]
         self.started = time.monotonic()
         environment = {**os.environ, **(environment or {})}
         if terminal:
@@ -128,15 +128,20 @@ class Vm:
     def send(self, text):
         os.write(self.input, text.encode())
 
+    def log_in(self, timeout=120):
+        """Logs in to the Debian image as root and makes its shell quiet, for command_output()."""
+        self.expect(r"login: ", timeout)
+        self.send("root\n")
+        self.expect(r"root@hostel:~# ", timeout)
+        self.send("PS1= PS2=; bind 'set enable-bracketed-paste off'; stty -echo cols 200; echo REA''DY\n")
+        self.expect(r"^READY$", timeout)
+
     def command_output(self, command, timeout=60):
-        """Types a command at a shell prompt; returns (exit status, output). The marker is split so that its echo is not
-        taken for it."""
-        self.send(f"{command}; echo 'END''OF' $?\n")
+        """Types a command at the shell after log_in(); returns (exit status, output)."""
+        self.send(f"{command}; echo END''OF $?\n")
         begin = self.position
         match = self.expect(r"^ENDOF (\d+)$", timeout)
-        text = self.text[begin:match.start()]
-        # The echo of what was typed ends with its own newline; long lines may have been wrapped by the shell.
-        text = text[text.index("'OF' $?") + 7:].lstrip("\n") if "'OF' $?" in text else text
+        text = self.text[begin:match.start()].lstrip("\n")
         return int(match.group(1)), text
 
     def wait(self, timeout=60):
