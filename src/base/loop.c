@@ -70,7 +70,7 @@ static void *grow_or_wait(void *array, size_t bytes)
 
 		if (grown)
 			return grown;
-		nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+		nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
 	}
 }
 
@@ -78,7 +78,7 @@ static void *grow_or_wait(void *array, size_t bytes)
 
 static int watch_own(struct loop *loop, int fd, uint32_t events, uint64_t tag, struct error *err)
 {
-	struct epoll_event event = { .events = events, .data.u64 = tag };
+	struct epoll_event event = {.events = events, .data.u64 = tag};
 
 	if (epoll_ctl(loop->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
 		return error_errno(err, "event loop: epoll_ctl");
@@ -147,7 +147,7 @@ void loop_stop(struct loop *loop)
 static int watch_apply(struct loop *loop, int operation, int fd)
 {
 	struct watch *w = &loop->watches[fd];
-	struct epoll_event event = { .events = w->events, .data.u64 = (uint64_t)w->generation << 32 | (uint32_t)fd };
+	struct epoll_event event = {.events = w->events, .data.u64 = (uint64_t)w->generation << 32 | (uint32_t)fd};
 
 	return epoll_ctl(loop->epoll_fd, operation, fd, &event);
 }
@@ -200,7 +200,8 @@ void loop_change_fd(struct loop *loop, int fd, uint32_t events)
 	if (events == before)
 		return;
 	w->events = events;
-	/* Quiet means out of the epoll set: inside it, EPOLLHUP and EPOLLERR would be reported whatever was asked for. */
+	/* Quiet means out of the epoll set: inside it, EPOLLHUP and EPOLLERR would be reported whatever was asked for.
+	 */
 	watch_apply(loop, !events ? EPOLL_CTL_DEL : !before ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd);
 }
 
@@ -283,7 +284,7 @@ static void arm(struct loop *loop, uint64_t deadline)
 {
 	/* All zero would disarm; one nanosecond after the start of the clock is as long past. */
 	uint64_t at = deadline ? deadline : 1;
-	struct itimerspec spec = { .it_value = { .tv_sec = at / 1000000000, .tv_nsec = at % 1000000000 } };
+	struct itimerspec spec = {.it_value = {.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000}};
 
 	loop->armed = deadline;
 	timerfd_settime(loop->timer_fd, TFD_TIMER_ABSTIME, &spec, NULL);
@@ -356,7 +357,7 @@ void loop_post(struct loop *loop, void (*function)(void *opaque), void *opaque)
 		loop->posts = grow_or_wait(loop->posts, loop->post_room * sizeof(*loop->posts));
 	}
 	first = loop->post_count == 0;
-	loop->posts[loop->post_count++] = (struct post){ function, opaque };
+	loop->posts[loop->post_count++] = (struct post){function, opaque};
 	pthread_mutex_unlock(&loop->lock);
 	if (first)
 		loop_wake(loop);

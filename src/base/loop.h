@@ -19,13 +19,14 @@ void loop_stop(struct loop *loop); /* from any thread or a signal handler */
  * Add, change and remove: from any thread; after remove returns on the loop's own thread the callback does not run
  * again. */
 typedef void loop_fd_function(void *opaque, int fd, uint32_t events);
-int loop_add_fd(struct loop *loop, int fd, uint32_t events, loop_fd_function *function, void *opaque, struct error *err);
+int loop_add_fd(
+	struct loop *loop, int fd, uint32_t events, loop_fd_function *function, void *opaque, struct error *err);
 void loop_change_fd(struct loop *loop, int fd, uint32_t events);
 void loop_remove_fd(struct loop *loop, int fd);
 
 /* A one-shot timer, embedded in its owner; set to zero before first use. Deadlines are CLOCK_MONOTONIC nanoseconds. Set
- * and cancel are cheap and safe from any thread; the callback runs on the loop's thread without loop locks held. After a
- * cancel from another thread a callback that had already begun may still be running. */
+ * and cancel are cheap and safe from any thread; the callback runs on the loop's thread without loop locks held. After
+ * a cancel from another thread a callback that had already begun may still be running. */
 struct loop_timer {
 	void (*function)(struct loop_timer *timer);
 	uint64_t deadline;

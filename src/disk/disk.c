@@ -10,13 +10,15 @@
 
 static int check_chain(const struct image_file *file, const struct disk_chain *above, struct error *err)
 {
-	if (above && above->depth >= DISK_CHAIN_MAX)
-		return error_set(err, ELOOP, "disk %s: more than %d backing files; flatten the chain (qemu-img convert)",
-			file->path, DISK_CHAIN_MAX);
+	if (above && above->depth > DISK_CHAIN_MAX)
+		return error_set(err, ELOOP,
+			"disk %s: more than %d backing files; flatten the chain (qemu-img convert)", file->path,
+			DISK_CHAIN_MAX);
 	for (const struct disk_chain *c = above; c; c = c->above) {
 		if (c->file->device == file->device && c->file->inode == file->inode)
 			return error_set(err, ELOOP,
-				"disk %s is its own backing file (a cyclic chain); correct it with qemu-img rebase -u", file->path);
+				"disk %s is its own backing file (a cyclic chain); correct it with qemu-img rebase -u",
+				file->path);
 	}
 	return 0;
 }
@@ -64,7 +66,8 @@ int disk_close(struct disk *disk, struct error *err)
 		return 0;
 	result = disk->model->close(disk);
 	if (result < 0)
-		error_set(err, -result, "disk %s: writing back what was still in memory failed; the last writes are lost",
+		error_set(err, -result,
+			"disk %s: writing back what was still in memory failed; the last writes are lost",
 			disk->file.path);
 	image_file_close(&disk->file);
 	free(disk);
@@ -102,7 +105,7 @@ static int check_change(const struct disk *disk, uint64_t offset, uint64_t lengt
 
 static struct vector whole(const struct iovec *iov, int count)
 {
-	struct vector v = { iov, count, 0, 0 };
+	struct vector v = {iov, count, 0, 0};
 
 	for (int i = 0; i < count; i++)
 		v.length += iov[i].iov_len;

@@ -22,7 +22,7 @@ enum { PERMISSION_READ = 0, PERMISSION_WRITE = 1, PERMISSION_RESIZE = 3 };
 
 static int lock_byte(struct image_file *file, off_t byte, struct error *err)
 {
-	struct flock lock = { .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1 };
+	struct flock lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
 
 	if (fcntl(file->fd, F_OFD_SETLK, &lock) < 0)
 		return error_errno(err, "disk %s: locking it against use by two programs", file->path);
@@ -31,14 +31,14 @@ static int lock_byte(struct image_file *file, off_t byte, struct error *err)
 
 static bool locked_by_another(struct image_file *file, off_t byte)
 {
-	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1 };
+	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
 
 	return fcntl(file->fd, F_OFD_GETLK, &lock) < 0 || lock.l_type != F_UNLCK;
 }
 
 int image_file_lock(struct image_file *file, struct error *err)
 {
-	static const int changes[] = { PERMISSION_WRITE, PERMISSION_RESIZE };
+	static const int changes[] = {PERMISSION_WRITE, PERMISSION_RESIZE};
 	int result = lock_byte(file, LOCK_USED(PERMISSION_READ), err);
 
 	for (size_t i = 0; i < ARRAY_SIZE(changes) && result == 0; i++) {
@@ -52,15 +52,16 @@ int image_file_lock(struct image_file *file, struct error *err)
 	/* Looked for after our own are set: of two that come at once, at least one sees the other. */
 	for (size_t i = 0; i < ARRAY_SIZE(changes); i++) {
 		if (locked_by_another(file, LOCK_USED(changes[i])))
-			return error_set(err, EBUSY, "disk %s is in use by another process, which may write to it; stop that first",
+			return error_set(err, EBUSY,
+				"disk %s is in use by another process, which may write to it; stop that first",
 				file->path);
 		if (!file->read_only && locked_by_another(file, LOCK_DENIED(changes[i])))
 			return error_set(err, EBUSY,
 				"disk %s is in use by another process; stop it first, or open it readonly", file->path);
 	}
 	if (locked_by_another(file, LOCK_DENIED(PERMISSION_READ)))
-		return error_set(err, EBUSY, "disk %s is in use by another process, which lets nobody read it; stop it first",
-			file->path);
+		return error_set(err, EBUSY,
+			"disk %s is in use by another process, which lets nobody read it; stop it first", file->path);
 	return 0;
 }
 
@@ -73,11 +74,13 @@ int image_file_open(struct image_file *file, const char *path, bool read_only, s
 
 	memset(file, 0, sizeof(*file));
 	file->read_only = read_only;
-	/* Non-blocking: opening a FIFO by mistake must be refused, not waited for. No effect on files and block devices. */
+	/* Non-blocking: opening a FIFO by mistake must be refused, not waited for. No effect on files and block
+	 * devices. */
 	file->fd = open(path, (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK);
 	if (file->fd < 0) {
 		if (errno == ENOENT)
-			return error_set(err, ENOENT, "disk %s does not exist; make it first (truncate, qemu-img create)", path);
+			return error_set(
+				err, ENOENT, "disk %s does not exist; make it first (truncate, qemu-img create)", path);
 		if ((errno == EACCES || errno == EROFS) && !read_only)
 			return error_errno(err, "disk %s cannot be opened for writing (or use readonly)", path);
 		if (errno != EISDIR)
@@ -133,7 +136,8 @@ static int transfer(struct image_file *file, uint64_t offset, struct vector v, b
 			count++;
 		}
 
-		ssize_t moved = write ? pwritev(file->fd, pieces, count, offset) : preadv(file->fd, pieces, count, offset);
+		ssize_t moved =
+			write ? pwritev(file->fd, pieces, count, offset) : preadv(file->fd, pieces, count, offset);
 
 		if (moved < 0) {
 			if (errno == EINTR)
@@ -164,23 +168,23 @@ int image_file_writev(struct image_file *file, uint64_t offset, struct vector v)
 
 int image_file_read(struct image_file *file, uint64_t offset, void *data, size_t length)
 {
-	struct iovec iov = { data, length };
+	struct iovec iov = {data, length};
 
-	return transfer(file, offset, (struct vector){ &iov, 1, 0, length }, false);
+	return transfer(file, offset, (struct vector){&iov, 1, 0, length}, false);
 }
 
 int image_file_write(struct image_file *file, uint64_t offset, const void *data, size_t length)
 {
-	struct iovec iov = { (void *)data, length };
+	struct iovec iov = {(void *)data, length};
 
-	return transfer(file, offset, (struct vector){ &iov, 1, 0, length }, true);
+	return transfer(file, offset, (struct vector){&iov, 1, 0, length}, true);
 }
 
 /* ---- holes ---- */
 
 /* True: done, or failed with *result; false: the file system does not offer it. */
-static bool try_fallocate(struct image_file *file, atomic_bool *missing, int mode, uint64_t offset, uint64_t length,
-	int *result)
+static bool try_fallocate(
+	struct image_file *file, atomic_bool *missing, int mode, uint64_t offset, uint64_t length, int *result)
 {
 	*result = 0;
 	if (atomic_load_explicit(missing, memory_order_relaxed))

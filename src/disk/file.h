@@ -21,8 +21,8 @@ struct image_file {
 
 /* Opens and locks. On failure nothing is left open; image_file_close may be called all the same. */
 int image_file_open(struct image_file *file, const char *path, bool read_only, struct error *err);
-/* Takes the lock: one writer, or any number of readers. The bytes locked are those of QEMU, which makes its programs and
- * ours keep out of each other's images. */
+/* Takes the lock: one writer, or any number of readers. The bytes locked are those of QEMU, which makes its programs
+ * and ours keep out of each other's images. */
 int image_file_lock(struct image_file *file, struct error *err);
 void image_file_close(struct image_file *file);
 /* Bytes now. */

@@ -1,13 +1,13 @@
 /* Blocks of L2 tables and refcount blocks in memory. The unit is at most 4 KiB, whatever the cluster size, so that a
- * small cache serves an image of any size. Dirty blocks are never evicted: only a flush may write them, in its order; so
- * the cache grows while much is dirty, and qcow2_throttle keeps that bounded. */
+ * small cache serves an image of any size. Dirty blocks are never evicted: only a flush may write them, in its order;
+ * so the cache grows while much is dirty, and qcow2_throttle keeps that bounded. */
 #include "disk/qcow2.h"
 
 #include <stdlib.h>
 
 void cache_init(struct cache *cache, struct image_file *file, uint32_t unit, unsigned limit)
 {
-	*cache = (struct cache){ .file = file, .unit = unit, .limit = limit };
+	*cache = (struct cache){.file = file, .unit = unit, .limit = limit};
 }
 
 void cache_free(struct cache *cache)
@@ -131,8 +131,8 @@ int cache_write(struct cache *cache)
 
 		if (!block->dirty_to)
 			continue;
-		result = image_file_write(cache->file, block->offset + block->dirty_from, block->data + block->dirty_from,
-			block->dirty_to - block->dirty_from);
+		result = image_file_write(cache->file, block->offset + block->dirty_from,
+			block->data + block->dirty_from, block->dirty_to - block->dirty_from);
 		if (result < 0)
 			return result;
 		block->dirty_from = block->dirty_to = 0;

@@ -35,7 +35,8 @@ static void check_free(struct check *c)
 
 #define corrupt(c, format, ...)                                                                                        \
 	error_set((c)->err, EINVAL,                                                                                    \
-		"disk %s: damaged qcow2 image: " format "; repair it (qemu-img check -r all) or restore it from a copy",   \
+		"disk %s: damaged qcow2 image: " format                                                                \
+		"; repair it (qemu-img check -r all) or restore it from a copy",                                       \
 		(c)->path, ##__VA_ARGS__)
 
 static uint16_t references(const struct check *c, uint64_t cluster)
@@ -59,8 +60,8 @@ static int refer(struct check *c, const char *what, uint64_t offset, uint64_t le
 
 		if (!*chunk) {
 			if (c->chunks_used++ == CHUNKS_MAX)
-				return error_set(c->err, EFBIG, "disk %s: too large to be checked; convert it to larger clusters",
-					c->path);
+				return error_set(c->err, EFBIG,
+					"disk %s: too large to be checked; convert it to larger clusters", c->path);
 			*chunk = calloc(CHUNK, sizeof(**chunk));
 			if (!*chunk)
 				return error_set(c->err, ENOMEM, "disk %s: no memory to check it", c->path);
@@ -85,7 +86,8 @@ static int check_l2_entry(struct check *c, uint64_t entry, bool active)
 		struct compressed packed = qcow2_compressed(q, entry);
 
 		if (entry & ENTRY_COPIED)
-			return corrupt(c, "L2 entry 0x%016llx is compressed and marked for writing", (unsigned long long)entry);
+			return corrupt(c, "L2 entry 0x%016llx is compressed and marked for writing",
+				(unsigned long long)entry);
 		/* To the byte: the last sector may be cut off by the end of the file. */
 		return refer(c, "compressed data", align_down(packed.offset, 512),
 			align_up(packed.offset + packed.bytes, 512) - align_down(packed.offset, 512), false);
@@ -119,7 +121,8 @@ static int check_repeated(struct check *c, const struct root_table *l1)
 	qsort(sorted, l1->count, 8, by_value);
 	for (uint32_t i = 1; i < l1->count; i++) {
 		if (sorted[i] && sorted[i] == sorted[i - 1])
-			return corrupt(c, "the L2 table at 0x%llx is used twice by an L1 table", (unsigned long long)sorted[i]);
+			return corrupt(c, "the L2 table at 0x%llx is used twice by an L1 table",
+				(unsigned long long)sorted[i]);
 	}
 	return 0;
 }
@@ -134,8 +137,8 @@ static int check_l1(struct check *c, const struct root_table *l1, bool active)
 		uint64_t entry = l1->entry[i], offset = entry & ENTRY_OFFSET;
 
 		if ((entry & L1_RESERVED) || offset % q->cluster_size)
-			return corrupt(c, "L1 entry %u is 0x%016llx: reserved bits, or no multiple of the cluster size", i,
-				(unsigned long long)entry);
+			return corrupt(c, "L1 entry %u is 0x%016llx: reserved bits, or no multiple of the cluster size",
+				i, (unsigned long long)entry);
 		if (!offset) {
 			if (active && (entry & ENTRY_COPIED))
 				return corrupt(c, "L1 entry %u is 0x%016llx: marked for writing without a table", i,
@@ -172,15 +175,16 @@ static int check_snapshot(struct check *c, uint64_t offset, uint32_t count, uint
 	if (!count)
 		return 0;
 	if (count > L1_BYTES_MAX / 8 || !offset || offset % c->q->cluster_size)
-		return corrupt(c, "snapshot %u has its L1 table at 0x%llx with %u entries", number, (unsigned long long)offset,
-			count);
+		return corrupt(c, "snapshot %u has its L1 table at 0x%llx with %u entries", number,
+			(unsigned long long)offset, count);
 	result = refer(c, "a snapshot's L1 table", offset, count * 8ull, true);
 	if (result < 0)
 		return result;
 	result = root_read(&l1, &c->q->disk.file, offset, count);
 	entries = l1.entry;
 	if (result < 0)
-		return error_set(c->err, -result, "disk %s: reading the L1 table of snapshot %u failed", c->path, number);
+		return error_set(
+			c->err, -result, "disk %s: reading the L1 table of snapshot %u failed", c->path, number);
 	return check_l1(c, &l1, false);
 }
 
@@ -196,7 +200,8 @@ static int check_snapshots(struct check *c)
 		if (result < 0)
 			return error_set(c->err, -result, "disk %s: reading snapshot %u failed", c->path, i);
 
-		uint64_t id = load_be32(fixed + 12) >> 16, name = load_be32(fixed + 12) & 0xffff, extra = load_be32(fixed + 36);
+		uint64_t id = load_be32(fixed + 12) >> 16, name = load_be32(fixed + 12) & 0xffff,
+			 extra = load_be32(fixed + 36);
 
 		at += align_up(sizeof(fixed) + extra + id + name, 8);
 		if (extra > 1024 || at - h->snapshot_offset > SNAPSHOT_BYTES_MAX)
@@ -283,7 +288,8 @@ static int compare_counts(struct check *c)
 		if (!q->refcount_table.entry[i]) {
 			q->free_hint = min(q->free_hint, first);
 			if (!range_unused(c, first, first + per_block))
-				return corrupt(c, "refcount table entry %u is 0, but clusters from 0x%llx on are in use", i,
+				return corrupt(c,
+					"refcount table entry %u is 0, but clusters from 0x%llx on are in use", i,
 					(unsigned long long)(first << q->cluster_bits));
 			continue;
 		}
@@ -309,7 +315,7 @@ static int compare_counts(struct check *c)
 
 int qcow2_check(struct qcow2 *q, uint64_t file_length, struct error *err)
 {
-	__attribute__((cleanup(check_free))) struct check c = { .q = q, .err = err, .path = q->disk.file.path };
+	__attribute__((cleanup(check_free))) struct check c = {.q = q, .err = err, .path = q->disk.file.path};
 	int result;
 
 	c.clusters = (file_length + q->cluster_size - 1) >> q->cluster_bits;

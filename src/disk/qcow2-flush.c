@@ -65,8 +65,8 @@ static int copy_blocks(struct cache *cache, struct write_back *w)
 /* Writes the counts and takes a copy of the rest. With `lock`. */
 static int begin(struct qcow2 *q, struct write_back *w)
 {
-	/* Counts may be written at any time: raised ones belong to clusters that no table on disk refers to yet, lowered
-	 * ones to clusters that none refers to any more. */
+	/* Counts may be written at any time: raised ones belong to clusters that no table on disk refers to yet,
+	 * lowered ones to clusters that none refers to any more. */
 	int result = cache_write(&q->refcounts);
 
 	if (result == 0)
@@ -104,8 +104,8 @@ static int write_tables(struct qcow2 *q, const struct write_back *w)
 	for (size_t i = 0; i < w->count && result == 0; i++) {
 		const struct cache_block *c = w->copies[i];
 
-		result = image_file_write(file, c->offset + c->dirty_from, c->data + c->dirty_from,
-			c->dirty_to - c->dirty_from);
+		result = image_file_write(
+			file, c->offset + c->dirty_from, c->data + c->dirty_from, c->dirty_to - c->dirty_from);
 	}
 	if (result == 0 && w->l1.entry) {
 		result = image_file_sync(file);
@@ -157,7 +157,7 @@ static void write_back_free(struct write_back *w)
 int qcow2_flush(struct disk *disk)
 {
 	struct qcow2 *q = qcow2_of(disk);
-	__attribute__((cleanup(write_back_free))) struct write_back w = { 0 };
+	__attribute__((cleanup(write_back_free))) struct write_back w = {0};
 	int result;
 
 	scope_lock(&q->flush_lock);

@@ -28,16 +28,19 @@ struct raw_header {
 };
 
 /* A table of the header: aligned, behind the header, and inside the file. */
-static int check_table(const struct raw_header *raw, const char *name, uint64_t offset, uint64_t bytes, struct error *err)
+static int check_table(
+	const struct raw_header *raw, const char *name, uint64_t offset, uint64_t bytes, struct error *err)
 {
 	if (offset % raw->length)
 		return damaged(raw->path, "%s_offset is 0x%llx, no multiple of the cluster size %u", name,
 			(unsigned long long)offset, raw->length);
 	if (offset < raw->length)
-		return damaged(raw->path, "%s_offset is 0x%llx, which overlaps the header", name, (unsigned long long)offset);
+		return damaged(
+			raw->path, "%s_offset is 0x%llx, which overlaps the header", name, (unsigned long long)offset);
 	if (offset >= raw->file_length || bytes > raw->file_length - offset)
-		return damaged(raw->path, "%s_offset is 0x%llx and it has %llu bytes, but the file ends at 0x%llx", name,
-			(unsigned long long)offset, (unsigned long long)bytes, (unsigned long long)raw->file_length);
+		return damaged(raw->path, "%s_offset is 0x%llx and it has %llu bytes, but the file ends at 0x%llx",
+			name, (unsigned long long)offset, (unsigned long long)bytes,
+			(unsigned long long)raw->file_length);
 	return 0;
 }
 
@@ -57,28 +60,32 @@ static void feature_name(const uint8_t *names, uint32_t length, unsigned bit, ch
 	}
 }
 
-static int check_features(const struct raw_header *raw, const struct qcow2_header *h, bool read_only, const uint8_t *names,
-	uint32_t names_length, struct error *err)
+static int check_features(const struct raw_header *raw, const struct qcow2_header *h, bool read_only,
+	const uint8_t *names, uint32_t names_length, struct error *err)
 {
 	const char *path = raw->path;
-	uint64_t unknown = h->incompatible & ~(uint64_t)(INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT |
-					       INCOMPATIBLE_DATA_FILE | INCOMPATIBLE_COMPRESSION |
-					       INCOMPATIBLE_EXTENDED_L2);
+	uint64_t unknown =
+		h->incompatible & ~(uint64_t)(INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_DATA_FILE |
+					      INCOMPATIBLE_COMPRESSION | INCOMPATIBLE_EXTENDED_L2);
 
 	if (unknown) {
 		char name[47];
 
 		feature_name(names, names_length, __builtin_ctzll(unknown), name);
 		return error_set(err, ENOTSUP,
-			"disk %s uses the unknown qcow2 feature \"%s\"; convert it with the program that made it", path, name);
+			"disk %s uses the unknown qcow2 feature \"%s\"; convert it with the program that made it", path,
+			name);
 	}
 	if (h->incompatible & INCOMPATIBLE_DATA_FILE)
 		return error_set(err, ENOTSUP,
-			"disk %s keeps its data in an external file, which is not supported; convert it: qemu-img convert -O qcow2",
+			"disk %s keeps its data in an external file, which is not supported; convert it: qemu-img "
+			"convert -O qcow2",
 			path);
 	if (h->incompatible & INCOMPATIBLE_EXTENDED_L2)
 		return error_set(err, ENOTSUP,
-			"disk %s has extended L2 entries, which are not supported; convert it: qemu-img convert -O qcow2", path);
+			"disk %s has extended L2 entries, which are not supported; convert it: qemu-img convert -O "
+			"qcow2",
+			path);
 	if ((h->incompatible & INCOMPATIBLE_CORRUPT) && !read_only)
 		return error_set(err, EINVAL,
 			"disk %s is marked as corrupt; repair it (qemu-img check -r all), or open it readonly", path);
@@ -96,8 +103,8 @@ static int read_extensions(const struct raw_header *raw, uint32_t from, uint32_t
 		if (type == EXTENSION_END)
 			return 0;
 		if (length > to - from - 8)
-			return damaged(raw->path, "extension 0x%08x has a length of %u bytes, only %u are left", type, length,
-				to - from - 8);
+			return damaged(raw->path, "extension 0x%08x has a length of %u bytes, only %u are left", type,
+				length, to - from - 8);
 		if (type == EXTENSION_BACKING_FORMAT) {
 			if (length >= sizeof(h->backing_format))
 				return damaged(raw->path, "the backing format's name has %u bytes", length);
@@ -146,24 +153,29 @@ static int parse(const struct raw_header *raw, bool read_only, struct qcow2_head
 	}
 	h->all_known = !(compatible & ~1ull) && !h->autoclear; /* bit 0: lazy refcounts */
 
-	if (name_offset && (name_offset < header_length || name_offset > raw->length || !name_length || name_length > 1023 ||
-				   name_length > raw->length - name_offset))
-		return damaged(path, "backing_file_offset is 0x%llx and backing_file_size %u; it must lie in the first cluster",
+	if (name_offset && (name_offset < header_length || name_offset > raw->length || !name_length ||
+				   name_length > 1023 || name_length > raw->length - name_offset))
+		return damaged(path,
+			"backing_file_offset is 0x%llx and backing_file_size %u; it must lie in the first cluster",
 			(unsigned long long)name_offset, name_length);
-	result = read_extensions(raw, header_length, name_offset ? name_offset : raw->length, h, &names, &names_length, err);
+	result = read_extensions(
+		raw, header_length, name_offset ? name_offset : raw->length, h, &names, &names_length, err);
 	if (result == 0)
 		result = check_features(raw, h, read_only, names, names_length, err);
 	if (result < 0)
 		return result;
 	if (load_be32(b + 32))
-		return error_set(err, ENOTSUP, "disk %s is encrypted (crypt_method %u), which is not supported; "
-			"convert it: qemu-img convert -O qcow2", path, load_be32(b + 32));
+		return error_set(err, ENOTSUP,
+			"disk %s is encrypted (crypt_method %u), which is not supported; "
+			"convert it: qemu-img convert -O qcow2",
+			path, load_be32(b + 32));
 	if (h->incompatible & INCOMPATIBLE_COMPRESSION) {
 		unsigned type = header_length > 104 ? b[104] : 0;
 
-		return error_set(err, ENOTSUP, "disk %s is compressed with %s, which is not supported; "
-			"convert it: qemu-img convert -O qcow2 -o compression_type=zlib", path,
-			type == 1 ? "zstd" : "an unknown method");
+		return error_set(err, ENOTSUP,
+			"disk %s is compressed with %s, which is not supported; "
+			"convert it: qemu-img convert -O qcow2 -o compression_type=zlib",
+			path, type == 1 ? "zstd" : "an unknown method");
 	}
 	if (name_offset) {
 		memcpy(h->backing_name, b + name_offset, name_length);
@@ -199,23 +211,27 @@ static int parse(const struct raw_header *raw, bool read_only, struct qcow2_head
 int qcow2_read_header(struct image_file *file, uint64_t file_length, struct qcow2_header *header, struct error *err)
 {
 	uint8_t start[24];
-	struct raw_header raw = { .path = file->path, .file_length = file_length };
+	struct raw_header raw = {.path = file->path, .file_length = file_length};
 	int result;
 
 	memset(header, 0, sizeof(*header));
 	if (file_length < HEADER_V2_BYTES)
-		return error_set(err, EINVAL, "disk %s is no qcow2 image or truncated: it has %llu bytes, a header has %d; "
-			"restore it from a copy", file->path, (unsigned long long)file_length, HEADER_V2_BYTES);
+		return error_set(err, EINVAL,
+			"disk %s is no qcow2 image or truncated: it has %llu bytes, a header has %d; "
+			"restore it from a copy",
+			file->path, (unsigned long long)file_length, HEADER_V2_BYTES);
 	result = image_file_read(file, 0, start, sizeof(start));
 	if (result < 0)
 		return error_set(err, -result, "disk %s: its header cannot be read", file->path);
 	if (load_be32(start) != QCOW2_MAGIC)
-		return error_set(err, EINVAL, "disk %s is no qcow2 image: it begins with 0x%08x; try format=raw", file->path,
-			load_be32(start));
+		return error_set(err, EINVAL, "disk %s is no qcow2 image: it begins with 0x%08x; try format=raw",
+			file->path, load_be32(start));
 	header->version = load_be32(start + 4);
 	if (header->version != 2 && header->version != 3)
-		return error_set(err, ENOTSUP, "disk %s is qcow version %u; only 2 and 3 are supported; "
-			"convert it: qemu-img convert -O qcow2", file->path, header->version);
+		return error_set(err, ENOTSUP,
+			"disk %s is qcow version %u; only 2 and 3 are supported; "
+			"convert it: qemu-img convert -O qcow2",
+			file->path, header->version);
 	header->cluster_bits = load_be32(start + 20);
 	if (header->cluster_bits < 9 || header->cluster_bits > 21)
 		return damaged(file->path, "cluster_bits is %u; 9 to 21 is possible", header->cluster_bits);

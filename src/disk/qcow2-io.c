@@ -27,7 +27,7 @@ static int read_backing(struct qcow2 *q, uint64_t offset, struct vector v)
 /* A raw deflate stream that must fill the cluster. */
 static int inflate_cluster(const struct qcow2 *q, const uint8_t *from, uint32_t length, uint8_t *to)
 {
-	z_stream z = { .next_in = (uint8_t *)from, .avail_in = length, .next_out = to, .avail_out = q->cluster_size };
+	z_stream z = {.next_in = (uint8_t *)from, .avail_in = length, .next_out = to, .avail_out = q->cluster_size};
 	int result;
 
 	if (inflateInit2(&z, -15) != Z_OK)
@@ -137,9 +137,9 @@ static int copy_old(struct qcow2 *q, uint64_t offset, uint64_t length, uint64_t 
 	if (!old)
 		return -ENOMEM;
 
-	struct iovec iov = { old, length };
+	struct iovec iov = {old, length};
 
-	result = read_range(q, offset, (struct vector){ &iov, 1, 0, length });
+	result = read_range(q, offset, (struct vector){&iov, 1, 0, length});
 	return result < 0 ? result : image_file_write(&q->disk.file, host, old, length);
 }
 
@@ -210,7 +210,7 @@ static int link_run(struct qcow2 *q, const struct run *run)
  * `io` and alloc_lock. */
 static int write_new(struct qcow2 *q, uint64_t offset, struct vector v, uint64_t *done)
 {
-	struct run run = { 0 };
+	struct run run = {0};
 	struct mapping m;
 	uint64_t end, run_end;
 	int result;

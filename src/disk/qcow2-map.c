@@ -11,7 +11,7 @@ struct compressed qcow2_compressed(const struct qcow2 *q, uint64_t entry)
 	uint64_t offset = entry & ((1ull << offset_bits) - 1);
 	uint64_t sectors = ((entry & ~(ENTRY_COPIED | ENTRY_COMPRESSED)) >> offset_bits) + 1;
 
-	return (struct compressed){ offset, sectors * 512 - offset % 512 };
+	return (struct compressed){offset, sectors * 512 - offset % 512};
 }
 
 static uint64_t *l1_entry(struct qcow2 *q, uint64_t offset)
@@ -87,8 +87,8 @@ int map_prepare(struct qcow2 *q, uint64_t offset)
 	table = calloc(1, q->cluster_size);
 	if (!table)
 		return -ENOMEM;
-	/* A table that is shared with a snapshot is never changed, so the file has it as it is. The clusters it refers to
-	 * were counted for each of the two when the snapshot was made; only the table's own count changes. */
+	/* A table that is shared with a snapshot is never changed, so the file has it as it is. The clusters it refers
+	 * to were counted for each of the two when the snapshot was made; only the table's own count changes. */
 	if (old & ENTRY_OFFSET) {
 		result = image_file_read(&q->disk.file, old & ENTRY_OFFSET, table, q->cluster_size);
 		if (result < 0)

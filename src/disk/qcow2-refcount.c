@@ -1,7 +1,7 @@
 /* Reference counts ("Host cluster management") and the search for free clusters.
  *
- * A refcount block that is missing describes clusters that are all free, so the new block is put into the first of them:
- * it counts itself, and no second allocation is needed for it. */
+ * A refcount block that is missing describes clusters that are all free, so the new block is put into the first of
+ * them: it counts itself, and no second allocation is needed for it. */
 #include "disk/qcow2.h"
 
 #include <stdlib.h>
@@ -23,7 +23,7 @@ int root_read(struct root_table *root, struct image_file *file, uint64_t offset,
 {
 	int result;
 
-	*root = (struct root_table){ .offset = offset, .count = count };
+	*root = (struct root_table){.offset = offset, .count = count};
 	root->entry = calloc(count ? count : 1, 8);
 	if (!root->entry)
 		return -ENOMEM;
@@ -64,8 +64,8 @@ static void refcount_store(uint8_t *table, uint64_t index, unsigned order, uint6
 		table[index * bytes + i] = value;
 }
 
-/* The block of memory that holds the count of `cluster`, whose number inside it is *index. NULL: the refcount block does
- * not exist. */
+/* The block of memory that holds the count of `cluster`, whose number inside it is *index. NULL: the refcount block
+ * does not exist. */
 static int counts_of(struct qcow2 *q, uint64_t cluster, struct cache_block **block, uint64_t *index)
 {
 	uint64_t in_table = cluster >> q->refblock_bits;
@@ -202,7 +202,7 @@ static int grow_refcount_table(struct qcow2 *q)
 
 	cache_drop(&q->refcounts, first << q->cluster_bits, (blocks + clusters) << q->cluster_bits);
 	free(old->entry);
-	*old = (struct root_table){ .offset = offset, .entry = take_ptr(entry), .count = count };
+	*old = (struct root_table){.offset = offset, .entry = take_ptr(entry), .count = count};
 	q->file_end = max(q->file_end, offset + (clusters << q->cluster_bits));
 	/* Not free at once: a flush that is under way may still write to the old place. */
 	for (uint64_t i = 0; i < old_clusters; i++)
@@ -318,7 +318,8 @@ void entry_release(struct qcow2 *q, uint64_t entry)
 	if (entry & ENTRY_COMPRESSED) {
 		struct compressed c = qcow2_compressed(q, entry);
 
-		for (uint64_t at = align_down(c.offset, q->cluster_size); at < c.offset + c.bytes; at += q->cluster_size)
+		for (uint64_t at = align_down(c.offset, q->cluster_size); at < c.offset + c.bytes;
+			at += q->cluster_size)
 			cluster_release(q, at);
 	} else if (entry & ENTRY_OFFSET) {
 		cluster_release(q, entry & ENTRY_OFFSET);

@@ -71,7 +71,7 @@ static int zero_batch(struct qcow2 *q, uint64_t *offset, uint64_t end, enum zero
 				result = map_set(q, *offset, new);
 			if (result < 0)
 				return result;
-			if ((new & ENTRY_OFFSET) != (old & ENTRY_OFFSET) || (old & ENTRY_COMPRESSED))
+			if ((new &ENTRY_OFFSET) != (old & ENTRY_OFFSET) || (old & ENTRY_COMPRESSED))
 				entry_release(q, old);
 		}
 		*offset += q->cluster_size;
@@ -97,10 +97,10 @@ static int write_real_zeroes(struct qcow2 *q, uint64_t offset, uint64_t length)
 	if (m.kind == MAPPED_ZERO || (m.kind == MAPPED_NOT && !has_backing_at(q, offset)))
 		return 0;
 	for (uint64_t left = length; left; count++) {
-		iov[count] = (struct iovec){ (void *)zeroes, min(left, (uint64_t)sizeof(zeroes)) };
+		iov[count] = (struct iovec){(void *)zeroes, min(left, (uint64_t)sizeof(zeroes))};
 		left -= iov[count].iov_len;
 	}
-	return qcow2_write(&q->disk, offset, (struct vector){ iov, count, 0, length });
+	return qcow2_write(&q->disk, offset, (struct vector){iov, count, 0, length});
 }
 
 static int zero_clusters(struct qcow2 *q, uint64_t offset, uint64_t end, enum zero_mode mode)

@@ -65,8 +65,8 @@ static char *backing_path(const char *image, const char *name)
 static int open_backing(struct qcow2 *q, const struct disk_chain *above, struct error *err)
 {
 	const struct qcow2_header *h = &q->header;
-	struct disk_chain here = { above, &q->disk.file, above ? above->depth + 1 : 1 };
-	struct disk_options options = { .read_only = true };
+	struct disk_chain here = {above, &q->disk.file, above ? above->depth + 1 : 1};
+	struct disk_options options = {.read_only = true};
 	scope_free char *path = NULL;
 	const char *image = q->disk.file.path;
 
@@ -77,24 +77,31 @@ static int open_backing(struct qcow2 *q, const struct disk_chain *above, struct 
 	else if (strcmp(h->backing_format, "raw") == 0)
 		options.format = DISK_RAW;
 	else if (!h->backing_format[0])
-		/* Not guessed: a guest that once wrote the backing file as its raw disk could name any file of the host. */
-		return error_set(err, EINVAL, "disk %s does not tell the format of its backing file %s; "
-			"add it: qemu-img rebase -u -b %s -F raw|qcow2 %s", image, h->backing_name, h->backing_name, image);
+		/* Not guessed: a guest that once wrote the backing file as its raw disk could name any file of the
+		 * host. */
+		return error_set(err, EINVAL,
+			"disk %s does not tell the format of its backing file %s; "
+			"add it: qemu-img rebase -u -b %s -F raw|qcow2 %s",
+			image, h->backing_name, h->backing_name, image);
 	else
-		return error_set(err, ENOTSUP, "disk %s: its backing file %s has the format \"%s\", which is not supported; "
-			"convert it to qcow2 or raw", image, h->backing_name, h->backing_format);
+		return error_set(err, ENOTSUP,
+			"disk %s: its backing file %s has the format \"%s\", which is not supported; "
+			"convert it to qcow2 or raw",
+			image, h->backing_name, h->backing_format);
 	path = backing_path(image, h->backing_name);
 	if (!path)
 		return error_set(err, ENOMEM, "disk %s: no memory", image);
-	if (disk_open_chain(&q->backing, path, &options, &here, err) < 0)
-		return error_wrap(err, "backing file of disk %s", image);
-	return 0;
+
+	int result = disk_open_chain(&q->backing, path, &options, &here, err);
+
+	/* Once is enough in a long chain: the image the user named, and the one that is at fault. */
+	return result < 0 && !above ? error_wrap(err, "backing file of disk %s", image) : result;
 }
 
 /* ---- open ---- */
 
-static int read_root(struct qcow2 *q, struct root_table *root, const char *name, uint64_t offset, uint32_t count,
-	struct error *err)
+static int read_root(
+	struct qcow2 *q, struct root_table *root, const char *name, uint64_t offset, uint32_t count, struct error *err)
 {
 	int result = root_read(root, &q->disk.file, offset, count);
 
@@ -173,7 +180,7 @@ int qcow2_open(struct disk **disk, struct image_file *file, const struct disk_ch
 		image_file_close(file);
 		return result;
 	}
-	q->disk = (struct disk){ .model = &qcow2_model, .file = *file, .read_only = file->read_only };
+	q->disk = (struct disk){.model = &qcow2_model, .file = *file, .read_only = file->read_only};
 	pthread_mutex_init(&q->flush_lock, NULL);
 	pthread_mutex_init(&q->alloc_lock, NULL);
 	pthread_mutex_init(&q->lock, NULL);

@@ -2,14 +2,14 @@
  *
  * Who locks what, in this order:
  *   flush_lock  one flush at a time
- *   io          read-held by a guest's read or write from its look-up to the end of its transfer; write-held for a moment
- *               before clusters nobody refers to any more become free again, so that no transfer is still on its way
+ *   io          read-held by a guest's read or write from its look-up to the end of its transfer; write-held for a
+ * moment before clusters nobody refers to any more become free again, so that no transfer is still on its way
  *   alloc_lock  whoever changes the mapping (allocating write, discard, write zeroes), its data transfer included
  *   lock        the tables in memory; never held during a data transfer
  *
  * What makes it safe against a crash at any moment: changed tables stay in memory, and qcow2_flush writes them in an
- * order in which only unused clusters can be left over: reference counts and data, then L2 tables, then the L1 table; and
- * only when no table on disk refers to a cluster any more is its count lowered. */
+ * order in which only unused clusters can be left over: reference counts and data, then L2 tables, then the L1 table;
+ * and only when no table on disk refers to a cluster any more is its count lowered. */
 #pragma once
 
 #include <pthread.h>
@@ -68,7 +68,7 @@ struct cache_block {
 
 struct cache {
 	struct image_file *file;
-	uint32_t unit; /* bytes of a block, a power of two */
+	uint32_t unit;	/* bytes of a block, a power of two */
 	unsigned limit; /* of blocks kept; more only while they are dirty */
 	unsigned count, room, hand, dirty;
 	struct cache_block **blocks;
@@ -210,9 +210,9 @@ int qcow2_flush(struct disk *disk);
 /* Flushes if much is dirty; no lock may be held. */
 int qcow2_throttle(struct qcow2 *q);
 
-/* Walks all tables before the image is used: every reference inside the file, none that would let a write damage another
- * cluster. Repairs counts that are too high, and after a crash of a program with lazy counts those that are too low
- * (qcow2-check.c). */
+/* Walks all tables before the image is used: every reference inside the file, none that would let a write damage
+ * another cluster. Repairs counts that are too high, and after a crash of a program with lazy counts those that are too
+ * low (qcow2-check.c). */
 int qcow2_check(struct qcow2 *q, uint64_t file_length, struct error *err);
 
 /* Guest I/O (qcow2-io.c, qcow2-zero.c). */

@@ -49,11 +49,12 @@ int raw_open(struct disk **out, struct image_file *file, struct error *err)
 {
 	scope_free struct disk *disk = calloc(1, sizeof(*disk));
 	uint64_t length = 0;
-	int result = disk ? image_file_length(file, &length, err) : error_set(err, ENOMEM, "disk %s: no memory", file->path);
+	int result =
+		disk ? image_file_length(file, &length, err) : error_set(err, ENOMEM, "disk %s: no memory", file->path);
 
 	if (result == 0 && !length)
-		result = error_set(err, EINVAL, "disk %s is empty (0 bytes); give it a size (truncate -s 10G %s)", file->path,
-			file->path);
+		result = error_set(err, EINVAL, "disk %s is empty (0 bytes); give it a size (truncate -s 10G %s)",
+			file->path, file->path);
 	if (result < 0) {
 		image_file_close(file);
 		return result;
@@ -61,8 +62,8 @@ int raw_open(struct disk **out, struct image_file *file, struct error *err)
 	disk->model = &raw_model;
 	disk->file = *file;
 	disk->read_only = file->read_only;
-	/* A length that is no multiple of a sector is rounded up: the missing bytes read as zeroes, and the first write to
-	 * the last sector makes the file longer. */
+	/* A length that is no multiple of a sector is rounded up: the missing bytes read as zeroes, and the first write
+	 * to the last sector makes the file longer. */
 	disk->size = align_up(length, DISK_SECTOR);
 	*out = take_ptr(disk);
 	return 0;

@@ -32,9 +32,9 @@ static inline struct iovec vector_next(struct vector *v)
 		v->count--;
 	}
 	if (!v->count || !v->length)
-		return (struct iovec){ 0 };
+		return (struct iovec){0};
 
-	struct iovec piece = { (char *)v->iov->iov_base + v->from, min(v->iov->iov_len - v->from, v->length) };
+	struct iovec piece = {(char *)v->iov->iov_base + v->from, min(v->iov->iov_len - v->from, v->length)};
 
 	v->from += piece.iov_len;
 	v->length -= piece.iov_len;

@@ -25,29 +25,29 @@ static void sizes(void **state)
 		int result;
 		uint64_t bytes;
 	} cases[] = {
-		{ "0", 0, 0 },
-		{ "65536", 0, 65536 },
-		{ "512B", 0, 512 },
-		{ "512M", 0, 512ull << 20 },
-		{ "1g", 0, 1ull << 30 },
-		{ "3KiB", 0, 3072 },
-		{ "2TB", 0, 2ull << 40 },
-		{ "16777215T", 0, 16777215ull << 40 },
-		{ "16777216T", -ERANGE, 0 },
-		{ "99999999999999999999", -ERANGE, 0 },
-		{ "", -EINVAL, 0 },
-		{ "M", -EINVAL, 0 },
-		{ "-1", -EINVAL, 0 },
-		{ " 1", -EINVAL, 0 },
-		{ "1.5G", -EINVAL, 0 },
-		{ "1GG", -EINVAL, 0 },
-		{ "12 ", -EINVAL, 0 },
-		{ "12x", -EINVAL, 0 },
-		{ "5iB", -EINVAL, 0 },
+		{"0", 0, 0},
+		{"65536", 0, 65536},
+		{"512B", 0, 512},
+		{"512M", 0, 512ull << 20},
+		{"1g", 0, 1ull << 30},
+		{"3KiB", 0, 3072},
+		{"2TB", 0, 2ull << 40},
+		{"16777215T", 0, 16777215ull << 40},
+		{"16777216T", -ERANGE, 0},
+		{"99999999999999999999", -ERANGE, 0},
+		{"", -EINVAL, 0},
+		{"M", -EINVAL, 0},
+		{"-1", -EINVAL, 0},
+		{" 1", -EINVAL, 0},
+		{"1.5G", -EINVAL, 0},
+		{"1GG", -EINVAL, 0},
+		{"12 ", -EINVAL, 0},
+		{"12x", -EINVAL, 0},
+		{"5iB", -EINVAL, 0},
 	};
 
 	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
-		struct error err = { 0 };
+		struct error err = {0};
 		uint64_t bytes = 0;
 
 		if (size_parse(cases[i].text, &bytes, &err) != cases[i].result || bytes != cases[i].bytes)
@@ -61,7 +61,7 @@ static void sizes(void **state)
 
 static void errors(void **state)
 {
-	struct error err = { 0 };
+	struct error err = {0};
 
 	assert_int_equal(error_set(&err, EINVAL, "value %d", 7), -EINVAL);
 	assert_int_equal(error_wrap(&err, "disk %s", "x"), -EINVAL);
@@ -107,7 +107,7 @@ static void timers_in_order(void **state)
 	for (int i = 0; i < COUNT; i++) {
 		int slot = (i * 7) % COUNT; /* 7 and 300 share no factor: a permutation */
 
-		shots[i] = (struct shot){ .timer.function = shoot, .loop = loop, .order = &order };
+		shots[i] = (struct shot){.timer.function = shoot, .loop = loop, .order = &order};
 		shots[i].at = start + slot * 100000ull;
 		shots[i].last = slot == COUNT - 1;
 		/* First somewhere else, so that moving both ways is exercised. */
@@ -158,7 +158,7 @@ static void timer_precision(void **state)
 	assert_int_equal(loop_create(&loop, &err), 0);
 	for (int i = 0; i < ROUNDS; i++) {
 		unsigned order = 0;
-		struct shot s = { .timer.function = shoot, .loop = loop, .order = &order, .last = true };
+		struct shot s = {.timer.function = shoot, .loop = loop, .order = &order, .last = true};
 
 		s.at = clock_now() + 300000;
 		loop_timer_set(loop, &s.timer, s.at);
@@ -233,7 +233,7 @@ static void *storm_thread(void *opaque)
 
 static void other_threads(void **state)
 {
-	struct storm s = { .timer.function = storm_fire };
+	struct storm s = {.timer.function = storm_fire};
 	struct error err;
 	pthread_t thread;
 
@@ -277,7 +277,7 @@ static void on_a(void *opaque, int fd, uint32_t events)
 
 static void descriptors(void **state)
 {
-	struct pair p = { 0 };
+	struct pair p = {0};
 	struct error err;
 	char byte;
 	int null;
