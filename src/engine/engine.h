@@ -105,6 +105,7 @@ struct engine_config {
 	struct guest_memory *memory; /* machine/memory.h */
 	bool stop_on_exception;	     /* for tests: vcpu_run returns instead of delivering exceptions */
 	bool one_instruction_blocks; /* for lockstep tests */
+	bool exact_flags;	     /* for tests: at a fault even those flags are right that nothing would read */
 };
 
 struct engine {

@@ -107,6 +107,7 @@ struct bt_vcpu {
 	uint64_t rip;	     /* valid in C */
 	uint64_t page;	     /* virtual address of the page that translated code is in */
 	uint64_t host_rsp;
+	struct bt_vcpu *self; /* what %gs points at */
 	uint64_t scratch[4]; /* of translated code within one instruction */
 	uint16_t arith;	     /* lahf's AH in bits 8 to 15, OF in bit 0 */
 	uint8_t iflag;	     /* EFLAGS.IF, .DF, .AC as 0 or 1 */
@@ -133,6 +134,7 @@ struct bt_vcpu {
 	uint64_t dr[8];
 	uint64_t star, lstar, cstar, sfmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, pat, tsc_aux;
 	uint64_t mtrr_def_type, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8], misc_enable, spec_ctrl;
+	uint64_t tsc_adjust, unknown_msrs; /* unknown_msrs: accesses refused with #GP */
 	struct bt_fault fault;
 	bool halted, triple_fault;
 
