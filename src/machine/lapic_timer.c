@@ -137,15 +137,15 @@ void lapic_timer_set_tsc_deadline(struct lapic *l, uint64_t value, struct wakeup
 	/* In the other modes the MSR reads zero and writes are ignored (SDM 11.5.4.1). */
 	if (!lapic_timer_in_tsc_mode(l))
 		return;
-	stop(l);
-	l->timer.tsc_deadline = value;
-	if (!value)
-		return;
 	if (value <= tsc) {
+		stop(l);
 		l->timer.tsc_deadline = 0;
-		lapic_raise_lvt(l, LVT_TIMER, w);
+		/* Zero disarms; a deadline that has passed is due now. */
+		if (value)
+			lapic_raise_lvt(l, LVT_TIMER, w);
 		return;
 	}
+	l->timer.tsc_deadline = value;
 	/* Rounded up: at the interrupt the guest's TSC has reached the deadline. */
 	wait = ((unsigned __int128)(value - tsc) * NS_PER_SECOND + config->tsc_hz - 1) / config->tsc_hz;
 	arm(l, now + (uint64_t)min(wait, (unsigned __int128)FAR_AWAY));

@@ -1,0 +1,450 @@
+/* 16550, i8042, ACPI power, and what is under them: memory and spaces. */
+#include "fixture.h"
+
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define COM1 0x3f8
+
+struct sink {
+	pthread_mutex_t lock;
+	char bytes[20000];
+	size_t count;
+	unsigned rooms, waits;
+	bool blocked;
+};
+
+/* Takes at most 1000 bytes at a time, nothing while blocked. */
+static size_t sink_output(void *opaque, const uint8_t *bytes, size_t n)
+{
+	struct sink *s = opaque;
+
+	pthread_mutex_lock(&s->lock);
+	n = s->blocked ? 0 : min(n, (size_t)1000);
+	memcpy(s->bytes + s->count, bytes, n);
+	s->count += n;
+	pthread_mutex_unlock(&s->lock);
+	return n;
+}
+
+static void sink_wait(void *opaque)
+{
+	struct sink *s = opaque;
+
+	pthread_mutex_lock(&s->lock);
+	s->waits++;
+	s->blocked = false;
+	pthread_mutex_unlock(&s->lock);
+}
+
+static void sink_room(void *opaque)
+{
+	((struct sink *)opaque)->rooms++;
+}
+
+static void test_serial_output(void **state)
+{
+	struct fixture f;
+	static struct sink sink = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+	fixture_start(&f, 1);
+	serial_set_output(board_serial(f.board), sink_output, sink_wait, &sink);
+	for (const char *c = "hello, world\n"; *c; c++) {
+		assert_int_equal(in8(&f, COM1 + 5) & 0x60, 0x60);
+		out8(&f, COM1, *c);
+	}
+	/* Without anything further it comes out soon. */
+	for (unsigned i = 0; i < 2000; i++) {
+		pthread_mutex_lock(&sink.lock);
+		size_t n = sink.count;
+		pthread_mutex_unlock(&sink.lock);
+		if (n == 13)
+			break;
+		sleep_ns(MS);
+	}
+	assert_int_equal(sink.count, 13);
+	assert_memory_equal(sink.bytes, "hello, world\n", 13);
+	/* More than the buffer holds, to a sink that is slow: in order and complete, the writer waits. */
+	sink.count = 0;
+	sink.blocked = true;
+	for (unsigned i = 0; i < 10000; i++)
+		out8(&f, COM1, i * 7);
+	assert_true(sink.waits > 0);
+	board_pio_write(f.board, 0, 0x604, 2, 5 << 10 | 1 << 13);
+	assert_int_equal(f.power_offs, 1);
+	for (unsigned i = 0; i < 10; i++)
+		serial_flush(board_serial(f.board));
+	assert_int_equal(sink.count, 10000);
+	for (unsigned i = 0; i < 10000; i++)
+		assert_int_equal((uint8_t)sink.bytes[i], (uint8_t)(i * 7));
+	serial_set_output(board_serial(f.board), NULL, NULL, NULL);
+	out8(&f, COM1, 'x');
+	fixture_stop(&f);
+}
+
+static void test_serial_interrupts(void **state)
+{
+	struct fixture f;
+	struct sink sink = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+	fixture_start(&f, 1);
+	pic_setup(&f, 1 << 4);
+	out8(&f, COM1 + 2, 0x81); /* FIFOs, trigger level 8 */
+	out8(&f, COM1 + 1, 0x02);
+	assert_false(board_interrupt_pending(f.board, 0)); /* OUT2 connects the line */
+	out8(&f, COM1 + 4, 0x0b);
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x34);
+	assert_int_equal(in8(&f, COM1 + 2), 0xc2);
+	assert_int_equal(in8(&f, COM1 + 2), 0xc1);
+	out8(&f, 0x20, 0x20);
+	out8(&f, COM1, 'a'); /* empty again at once: an edge */
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x34);
+	out8(&f, 0x20, 0x20);
+	out8(&f, COM1, 'b'); /* even when the cause was not looked at */
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x34);
+	out8(&f, 0x20, 0x20);
+	in8(&f, COM1 + 2);
+	/* Input below the trigger level: time-out; at the level: received data */
+	serial_set_room(board_serial(f.board), sink_room, &sink);
+	out8(&f, COM1 + 1, 0x05);
+	assert_int_equal(serial_input(board_serial(f.board), (const uint8_t *)"abc", 3), 3);
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x34);
+	assert_int_equal(in8(&f, COM1 + 2), 0xcc);
+	assert_int_equal(serial_input(board_serial(f.board), (const uint8_t *)"defghijklmnopqrstu", 18), 13);
+	assert_int_equal(in8(&f, COM1 + 2), 0xc4);
+	for (unsigned i = 0; i < 16; i++) {
+		assert_int_equal(sink.rooms, 0);
+		assert_int_equal(in8(&f, COM1 + 5) & 3, 1);
+		assert_int_equal(in8(&f, COM1), 'a' + i);
+	}
+	assert_int_equal(in8(&f, COM1 + 5) & 1, 0);
+	assert_int_equal(in8(&f, COM1 + 2), 0xc1);
+	assert_int_equal(sink.rooms, 1);
+	fixture_stop(&f);
+}
+
+/* As Linux's 8250 autoconfiguration looks for a 16550A. */
+static void test_serial_probe(void **state)
+{
+	struct fixture f;
+
+	fixture_start(&f, 1);
+	out8(&f, COM1 + 1, 0);
+	assert_int_equal(in8(&f, COM1 + 1), 0);
+	out8(&f, COM1 + 1, 0xff);
+	assert_int_equal(in8(&f, COM1 + 1), 0x0f);
+	out8(&f, COM1 + 1, 0);
+	out8(&f, COM1 + 4, 0x1a); /* loopback, RTS, OUT2 */
+	assert_int_equal(in8(&f, COM1 + 6) & 0xf0, 0x90);
+	out8(&f, COM1 + 2, 7);
+	assert_int_equal(in8(&f, COM1 + 2) >> 6, 3);
+	/* Loopback of data, and its overrun */
+	for (unsigned i = 0; i < 17; i++)
+		out8(&f, COM1, i);
+	assert_int_equal(in8(&f, COM1 + 5) & 3, 3);
+	assert_int_equal(in8(&f, COM1 + 5) & 3, 1);
+	assert_int_equal(in8(&f, COM1), 0);
+	assert_int_equal(serial_input(board_serial(f.board), (const uint8_t *)"x", 1), 0);
+	out8(&f, COM1 + 2, 7);
+	assert_int_equal(in8(&f, COM1 + 5) & 1, 0);
+	out8(&f, COM1 + 4, 0x0b);
+	assert_int_equal(in8(&f, COM1 + 6) & 0xf0, 0xb0);
+	in8(&f, COM1 + 6);
+	assert_int_equal(in8(&f, COM1 + 6) & 0x0f, 0);
+	/* The divisor latch and the scratch register */
+	out8(&f, COM1 + 3, 0x83);
+	out8(&f, COM1, 0x34);
+	out8(&f, COM1 + 1, 0x12);
+	assert_int_equal(in8(&f, COM1), 0x34);
+	assert_int_equal(in8(&f, COM1 + 1), 0x12);
+	out8(&f, COM1 + 3, 0x03);
+	out8(&f, COM1 + 7, 0x5a);
+	assert_int_equal(in8(&f, COM1 + 7), 0x5a);
+	fixture_stop(&f);
+}
+
+/* As Linux's i8042 driver probes, and its ways to reboot. */
+static void test_i8042_and_reset(void **state)
+{
+	struct fixture f;
+
+	fixture_start(&f, 1);
+	assert_int_equal(in8(&f, 0x64) & 3, 0);
+	out8(&f, 0x64, 0xaa);
+	assert_int_equal(in8(&f, 0x64) & 1, 1);
+	assert_int_equal(in8(&f, 0x60), 0x55);
+	out8(&f, 0x64, 0x60);
+	out8(&f, 0x60, 0x47);
+	out8(&f, 0x64, 0x20);
+	assert_int_equal(in8(&f, 0x60), 0x47);
+	out8(&f, 0x64, 0xd3);
+	out8(&f, 0x60, 0x5a);
+	assert_int_equal(in8(&f, 0x64) & 0x21, 0x01);
+	assert_int_equal(in8(&f, 0x60), 0x5a);
+	out8(&f, 0x64, 0xa9);
+	assert_int_equal(in8(&f, 0x60), 1);
+	out8(&f, 0x60, 0xff); /* to the keyboard: no answer */
+	assert_int_equal(in8(&f, 0x64) & 1, 0);
+	assert_int_equal(f.resets, 0);
+	out8(&f, 0x64, 0xfe);
+	assert_int_equal(f.resets, 1);
+	out8(&f, 0x92, in8(&f, 0x92) | 1);
+	assert_int_equal(f.resets, 2);
+	out8(&f, 0xcf9, 2);
+	assert_int_equal(in8(&f, 0xcf9), 2);
+	out8(&f, 0xcf9, 6);
+	assert_int_equal(f.resets, 3);
+	fixture_stop(&f);
+}
+
+static void test_power(void **state)
+{
+	struct fixture f;
+
+	fixture_start(&f, 1);
+	apic_enable(&f, 0);
+	ioapic_write(&f, 0x10 + 2 * 9, 0x8059);
+	assert_int_equal(board_pio_read(f.board, 0, 0x604, 2) & 1, 1); /* SCI_EN */
+	board_power_button(f.board);
+	assert_false(board_interrupt_pending(f.board, 0));
+	board_pio_write(f.board, 0, 0x602, 2, 1 << 8);
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x59);
+	assert_int_equal(board_pio_read(f.board, 0, 0x600, 2), 1 << 8);
+	board_pio_write(f.board, 0, 0x600, 2, 1 << 8);
+	apic_write(&f, 0, 0xb0, 0);
+	assert_false(board_interrupt_pending(f.board, 0));
+	board_power_button(f.board);
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x59);
+	assert_int_equal(f.power_offs, 0);
+	board_pio_write(f.board, 0, 0x604, 2, 3 << 10 | 1 << 13); /* another sleep state: none */
+	assert_int_equal(f.power_offs, 0);
+	board_pio_write(f.board, 0, 0x605, 1, (5 << 10 | 1 << 13) >> 8);
+	assert_int_equal(f.power_offs, 1);
+	fixture_stop(&f);
+}
+
+/* Nobody there; every port and chip register with every size, as a hostile guest would. */
+static void test_everything(void **state)
+{
+	struct fixture f;
+
+	fixture_start(&f, 1);
+	assert_int_equal(board_pio_read(f.board, 0, 0x300, 1), 0xff);
+	assert_int_equal(board_pio_read(f.board, 0, 0x300, 4), 0xffffffff);
+	assert_int_equal(board_mmio_read(f.board, 0, 0xd0000000, 2), 0xffff);
+	out8(&f, 0x80, 1);
+	for (unsigned size = 1; size <= 4; size *= 2) {
+		for (unsigned port = 0; port < 0x10000; port++) {
+			board_pio_read(f.board, 0, port, size);
+			board_pio_write(f.board, 0, port, size, 0xffffffff);
+			board_pio_write(f.board, 0, port, size, port * 0x01234567u);
+		}
+	}
+	for (unsigned size = 1; size <= 8; size *= 2) {
+		for (unsigned offset = 0; offset < 0x1000; offset++) {
+			board_mmio_read(f.board, 0, BOARD_LAPIC_BASE + offset, size);
+			board_mmio_write(f.board, 0, BOARD_LAPIC_BASE + offset, size, ~0ull);
+			board_mmio_write(f.board, 0, BOARD_LAPIC_BASE + offset, size, offset * 0x12345ull);
+			board_mmio_read(f.board, 0, BOARD_IOAPIC_BASE + offset, size);
+			board_mmio_write(f.board, 0, BOARD_IOAPIC_BASE + offset, size, ~0ull);
+			board_interrupt_ack(f.board, 0);
+		}
+	}
+	board_reset(f.board);
+	assert_false(board_interrupt_pending(f.board, 0));
+	assert_int_equal(apic_read(&f, 0, 0xf0), 0xff);
+	assert_int_equal(ioapic_read(&f, 0x20), 0x10000);
+	fixture_stop(&f);
+}
+
+static void test_bad_configuration(void **state)
+{
+	struct fixture f;
+	struct board *board = NULL;
+	struct board_host host = {0};
+	struct error err = {0};
+
+	fixture_start(&f, 64);
+	struct board_config config = {.memory = &f.memory, .loop = f.loop, .host = &host, .tsc_hz = 1};
+
+	assert_int_equal(board_create(&board, &config, &err), -EINVAL);
+	config.cpus = 65;
+	assert_int_equal(board_create(&board, &config, &err), -EINVAL);
+	assert_string_equal(err.text, "board: 65 CPUs; choose 1 to 64");
+	config.cpus = 1;
+	config.tsc_hz = 0;
+	assert_int_equal(board_create(&board, &config, &err), -EINVAL);
+	assert_null(board);
+	fixture_stop(&f);
+}
+
+/* ---- memory ---- */
+
+struct written {
+	unsigned calls;
+	uint64_t gpa, len;
+};
+
+static void on_written(void *opaque, uint64_t gpa, uint64_t len)
+{
+	struct written *w = opaque;
+
+	w->calls++;
+	w->gpa = gpa;
+	w->len = len;
+}
+
+static void test_memory(void **state)
+{
+	struct guest_memory m;
+	struct error err = {0};
+	struct written w = {0};
+	uint8_t bytes[16] = {1, 2, 3};
+	uint64_t index;
+
+	assert_int_equal(memory_create(&m, 12345, &err), -EINVAL);
+	assert_int_equal(memory_create(&m, 4096, &err), -EINVAL);
+	/* 4 GiB: 3 below, 1 above */
+	assert_int_equal(memory_create(&m, 4ull << 30, &err), 0);
+	assert_int_equal(m.ranges, 2);
+	assert_int_equal(ftruncate(m.fd, 0), -1); /* sealed */
+	assert_true(memory_write(&m, MEMORY_HOLE - 16, bytes, 16));
+	assert_false(memory_write(&m, MEMORY_HOLE - 15, bytes, 16));
+	assert_false(memory_write(&m, MEMORY_HOLE, bytes, 1));
+	assert_false(memory_write(&m, MEMORY_HIGH - 1, bytes, 2));
+	assert_true(memory_write(&m, MEMORY_HIGH, bytes, 16));
+	assert_true(memory_write(&m, (5ull << 30) - 16, bytes, 16));
+	assert_false(memory_write(&m, (5ull << 30) - 15, bytes, 16));
+	assert_false(memory_read(&m, ~0ull, bytes, 2));
+	assert_null(memory_for_read(&m, 8, ~0ull - 4));
+	assert_null(memory_for_write(&m, 5ull << 30, 1));
+	assert_true(memory_read(&m, MEMORY_HIGH, bytes, 0));
+	assert_ptr_equal(memory_page(&m, MEMORY_HIGH + 0x1234, &index), m.range[1].host + 0x1000);
+	assert_int_equal(index, (MEMORY_HOLE >> 12) + 1);
+	assert_null(memory_page(&m, MEMORY_HOLE, &index));
+	/* Writes to pages with code are told, those pages alone */
+	m.written = on_written;
+	m.opaque = &w;
+	m.page_flags[(MEMORY_HOLE >> 12) + 1] = MEMORY_PAGE_CODE;
+	assert_true(memory_write(&m, MEMORY_HIGH, bytes, 16));
+	assert_int_equal(w.calls, 0);
+	assert_true(memory_write(&m, MEMORY_HIGH + 0xff8, bytes, 16));
+	assert_int_equal(w.calls, 1);
+	assert_int_equal(w.gpa, MEMORY_HIGH + 0x1000);
+	assert_int_equal(w.len, 8);
+	memory_destroy(&m);
+}
+
+/* ---- spaces ---- */
+
+struct probe {
+	struct io_region region;
+	uint64_t last;
+};
+
+static uint64_t probe_read(struct io_region *region, uint64_t offset, unsigned size)
+{
+	struct probe *p = container_of(region, struct probe, region);
+
+	return p->region.size << 32 | offset;
+}
+
+static void probe_write(struct io_region *region, uint64_t offset, unsigned size, uint64_t value)
+{
+	container_of(region, struct probe, region)->last = value;
+}
+
+static const struct io_ops probe_ops = {probe_read, probe_write};
+
+static void test_space(void **state)
+{
+	struct space *s;
+	struct error err = {0};
+	struct probe p[4];
+	uint64_t v;
+
+	assert_int_equal(space_create(&s, "test", 0x10000, &err), 0);
+	for (unsigned i = 0; i < 4; i++)
+		p[i] = (struct probe){.region = {"probe", &probe_ops, 0x100 * (4 - i), 0x100 - 0x10 * i, false}};
+	for (unsigned i = 0; i < 4; i++)
+		assert_int_equal(space_add(s, &p[i].region, &err), 0);
+	assert_int_equal(space_add(s, &p[0].region, &err), -EEXIST);
+	struct probe q = {.region = {"q", &probe_ops, 0x1d0, 0x30, false}};
+
+	assert_int_equal(space_add(s, &q.region, &err), 0); /* just in the gap */
+	q.region.base = 0x1c0;
+	space_remove(s, &q.region);
+	assert_int_equal(space_add(s, &q.region, &err), -EEXIST);
+	assert_non_null(strstr(err.text, "overlaps"));
+	q.region.base = 0xfff0;
+	assert_int_equal(space_add(s, &q.region, &err), -EINVAL);
+	q.region.base = ~0ull - 4;
+	assert_int_equal(space_add(s, &q.region, &err), -EINVAL);
+	assert_true(space_read(s, 0x4fc, 4, &v));
+	assert_int_equal(v, 0x100ull << 32 | 0xfc);
+	assert_false(space_read(s, 0x4fd, 4, &v));
+	assert_false(space_read(s, 0xff, 1, &v));
+	assert_false(space_read(s, ~0ull, 8, &v));
+	assert_true(space_write(s, 0x200, 1, 7));
+	assert_int_equal(p[2].last, 7);
+	space_remove(s, &p[2].region);
+	assert_false(p[2].region.mapped);
+	assert_false(space_write(s, 0x200, 1, 8));
+	space_remove(s, &p[2].region);
+	space_destroy(s);
+}
+
+struct mover {
+	struct space *space;
+	struct probe probe;
+	atomic_bool stop;
+};
+
+static void *move(void *opaque)
+{
+	struct mover *m = opaque;
+
+	for (unsigned i = 0; !atomic_load(&m->stop); i++) {
+		space_remove(m->space, &m->probe.region);
+		m->probe.region.base = i & 1 ? 0x1000 : 0x3000;
+		space_add(m->space, &m->probe.region, NULL);
+	}
+	return NULL;
+}
+
+/* A region that stays is always found, while another moves around it. */
+static void test_space_threads(void **state)
+{
+	struct mover m = {.probe = {.region = {"mover", &probe_ops, 0x1000, 0x100, false}}};
+	struct probe fixed = {.region = {"fixed", &probe_ops, 0x2000, 0x100, false}};
+	pthread_t thread;
+	uint64_t v;
+
+	assert_int_equal(space_create(&m.space, "test", 0x10000, NULL), 0);
+	assert_int_equal(space_add(m.space, &fixed.region, NULL), 0);
+	pthread_create(&thread, NULL, move, &m);
+	for (unsigned i = 0; i < 200000; i++) {
+		assert_true(space_read(m.space, 0x2010, 4, &v));
+		assert_int_equal(v, 0x100ull << 32 | 0x10);
+		if (space_read(m.space, 0x1020, 4, &v))
+			assert_int_equal(v, 0x100ull << 32 | 0x20);
+	}
+	atomic_store(&m.stop, true);
+	pthread_join(thread, NULL);
+	space_destroy(m.space);
+}
+
+const struct CMUnitTest legacy_tests[] = {
+	cmocka_unit_test(test_serial_output),
+	cmocka_unit_test(test_serial_interrupts),
+	cmocka_unit_test(test_serial_probe),
+	cmocka_unit_test(test_i8042_and_reset),
+	cmocka_unit_test(test_power),
+	cmocka_unit_test(test_everything),
+	cmocka_unit_test(test_bad_configuration),
+	cmocka_unit_test(test_memory),
+	cmocka_unit_test(test_space),
+	cmocka_unit_test(test_space_threads),
+};
+const size_t legacy_test_count = ARRAY_SIZE(legacy_tests);
