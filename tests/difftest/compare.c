@@ -357,13 +357,14 @@ void print_case(const struct test_case *t, const struct forms *forms)
 		t->image, t->code_address);
 	for (unsigned n = 0; n < t->instructions; n++) {
 		struct instruction i;
-		char text[160] = "?", bytes[40] = "";
+		unsigned end = n + 1 < t->instructions ? t->offset[n + 1] : t->code_length;
+		char text[160] = "illegal", bytes[40] = "";
 
 		decode_case(t, n, &i);
 		if (i.length)
 			ZydisFormatterFormatInstruction(&formatter, &i.info, i.ops, i.info.operand_count_visible, text,
 				sizeof(text), t->code_address + i.offset, NULL);
-		for (unsigned j = 0; j < i.length; j++)
+		for (unsigned j = 0; j < (i.length ? i.length : min(16u, end - i.offset)); j++)
 			sprintf(bytes + 2 * j, "%02x", i.bytes[j]);
 		printf("  %08" PRIx64 "  %-30s %-50s ; %s\n", t->code_address + i.offset, bytes, text,
 			t->form[n] == UINT32_MAX ? "" : forms->list[t->form[n]].name);

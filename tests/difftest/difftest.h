@@ -84,7 +84,7 @@ struct form {
 	bool privileged; /* raises #GP or #UD outside ring 0: only run there */
 	bool image;	 /* stores or loads FPU environment images: only as a case's last instruction */
 	bool control_flow;
-	bool may_lock; /* its lock prefix is a form of its own; without one a lock prefix is #UD */
+	bool may_lock; /* accepts a lock prefix (as a form of its own) */
 	bool popf;
 	bool general; /* of the base instruction set */
 };
@@ -113,7 +113,8 @@ uint64_t form_key(const ZydisDecodedInstruction *insn, const ZydisDecodedOperand
 const ZydisDecoder *form_decoder(void);
 
 /* Encodes a random instruction of that form (random registers, addressing, immediates, prefixes) and decodes it again.
- * false when that did not succeed within a bounded number of tries. */
+ * base: the register that a memory operand shall be based on, or -1. false when that did not succeed within a bounded
+ * number of tries. */
 struct instruction {
 	const struct form *form; /* NULL: one of the generator's own (loops, calls) */
 	uint8_t bytes[16];
@@ -122,7 +123,7 @@ struct instruction {
 	ZydisDecodedInstruction info;
 	ZydisDecodedOperand ops[ZYDIS_MAX_OPERAND_COUNT];
 };
-bool form_encode(const struct form *form, struct rng *rng, struct instruction *out);
+bool form_encode(const struct form *form, struct rng *rng, int base, struct instruction *out);
 bool instruction_decode(struct instruction *i); /* again, after its bytes were patched */
 
 /* ---- a case ---- */
@@ -141,7 +142,7 @@ struct test_case {
 	struct cpu_state state;
 	uint64_t code_address;
 	unsigned code_length, instructions, patches;
-	uint8_t code[CASE_INSTRUCTIONS * 15 + 2];
+	uint8_t code[CASE_INSTRUCTIONS * 16 + 2];
 	uint16_t offset[CASE_INSTRUCTIONS];
 	uint32_t form[CASE_INSTRUCTIONS]; /* index into forms, or UINT32_MAX */
 	struct patch patch[CASE_PATCHES];

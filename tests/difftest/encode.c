@@ -12,12 +12,19 @@ bool instruction_decode(struct instruction *i)
 	return ZYAN_SUCCESS(ZydisDecoderDecodeFull(form_decoder(), i->bytes, sizeof(i->bytes), &i->info, i->ops));
 }
 
-static uint8_t *put_modrm(const struct form *f, struct rng *rng, uint8_t *p)
+static uint8_t *put_modrm(const struct form *f, struct rng *rng, int base, uint8_t *p)
 {
 	unsigned reg = f->reg_free ? rng_below(rng, 8) : f->reg;
-	unsigned mod = f->mod == 3 ? 3 : rng_below(rng, 3);
+	unsigned mod = f->mod == 3 ? 3 : base >= 0 ? 1 + rng_below(rng, 2) : rng_below(rng, 3);
 	unsigned rm = f->rm_free ? rng_below(rng, 8) : f->rm;
 
+	if (mod != 3 && base >= 0) {
+		rm = base & 7;
+		*p++ = mod << 6 | reg << 3 | rm;
+		if (rm == 4)
+			*p++ = 0x24; /* no index */
+		return p;
+	}
 	*p++ = mod << 6 | reg << 3 | rm;
 	if (mod != 3 && rm == 4)
 		*p++ = rng_next(rng);
@@ -45,12 +52,14 @@ static unsigned random_prefixes(const struct form *f, struct rng *rng, uint8_t *
 	return n;
 }
 
-static uint8_t *put_legacy(const struct form *f, struct rng *rng, uint8_t *p)
+static uint8_t *put_legacy(const struct form *f, struct rng *rng, int base, uint8_t *p)
 {
 	uint8_t rex = f->w << 3 | (rng_next(rng) & 7);
 
+	if (base >= 0 && f->mod != 3)
+		rex = (rex & 0xc) | base >> 3; /* no index: X is 0 */
 	/* none in a quarter of the cases: high-byte registers, and the common short encodings */
-	if (f->w || !rng_chance(rng, 4))
+	if (f->w || (base >= 8 && f->mod != 3) || !rng_chance(rng, 4))
 		*p++ = 0x40 | rex;
 	if (f->map)
 		*p++ = 0x0f;
@@ -60,7 +69,7 @@ static uint8_t *put_legacy(const struct form *f, struct rng *rng, uint8_t *p)
 	return p;
 }
 
-static uint8_t *put_vex(const struct form *f, struct rng *rng, uint8_t *p)
+static uint8_t *put_vex(const struct form *f, struct rng *rng, int base, uint8_t *p)
 {
 	unsigned vvvv = f->vvvv_free ? rng_below(rng, 16) : 15;
 	unsigned rxb = rng_below(rng, 8);
@@ -68,6 +77,8 @@ static uint8_t *put_vex(const struct form *f, struct rng *rng, uint8_t *p)
 	unsigned w = rng_chance(rng, 4) ? rng_below(rng, 2) : f->w;
 	unsigned l = rng_chance(rng, 4) ? rng_below(rng, 2) : f->ll;
 
+	if (base >= 0 && f->mod != 3)
+		rxb = (rxb & 4) | 2 | !(base >> 3); /* inverted */
 	if (f->map == 1 && !w && (rxb & 3) == 3 && !rng_chance(rng, 3)) {
 		*p++ = 0xc5;
 		*p++ = (rxb & 4) << 5 | vvvv << 3 | l << 2 | f->prefix_66;
@@ -80,7 +91,7 @@ static uint8_t *put_vex(const struct form *f, struct rng *rng, uint8_t *p)
 	return p;
 }
 
-static uint8_t *put_evex(const struct form *f, struct rng *rng, uint8_t *p)
+static uint8_t *put_evex(const struct form *f, struct rng *rng, int base, uint8_t *p)
 {
 	unsigned vvvv = f->vvvv_free ? rng_below(rng, 32) : 31;
 	unsigned w = rng_chance(rng, 8) ? rng_below(rng, 2) : f->w;
@@ -88,8 +99,12 @@ static uint8_t *put_evex(const struct form *f, struct rng *rng, uint8_t *p)
 	unsigned ll = (f->b && f->mod == 3) || rng_chance(rng, 8) ? rng_below(rng, 4) : f->ll;
 	unsigned aaa = f->aaa ? 1 + rng_below(rng, 7) : 0;
 
+	unsigned rxbr = rng_below(rng, 16);
+
+	if (base >= 0 && f->mod != 3)
+		rxbr = (rxbr & 9) | 4 | !(base >> 3) << 1; /* inverted */
 	*p++ = 0x62;
-	*p++ = rng_below(rng, 16) << 4 | f->map;
+	*p++ = rxbr << 4 | f->map;
 	*p++ = w << 7 | (vvvv & 15) << 3 | 4 | f->prefix_66;
 	/* V' belongs to the vector index where there is one; the decoder refuses the wrong draws */
 	*p++ = f->z << 7 | ll << 5 | f->b << 4 | (f->vvvv_free ? vvvv >> 4 : rng_below(rng, 2)) << 3 | aaa;
@@ -97,7 +112,7 @@ static uint8_t *put_evex(const struct form *f, struct rng *rng, uint8_t *p)
 	return p;
 }
 
-static void draw(const struct form *f, struct rng *rng, struct instruction *out)
+static void draw(const struct form *f, struct rng *rng, int base, struct instruction *out)
 {
 	uint8_t bytes[48], prefixes[8], *p = bytes;
 	unsigned n = 0;
@@ -123,13 +138,13 @@ static void draw(const struct form *f, struct rng *rng, struct instruction *out)
 	memcpy(p, prefixes, n);
 	p += n;
 	if (f->encoding == FORM_LEGACY)
-		p = put_legacy(f, rng, p);
+		p = put_legacy(f, rng, base, p);
 	else if (f->encoding == FORM_VEX)
-		p = put_vex(f, rng, p);
+		p = put_vex(f, rng, base, p);
 	else
-		p = put_evex(f, rng, p);
+		p = put_evex(f, rng, base, p);
 	if (f->has_modrm)
-		p = put_modrm(f, rng, p);
+		p = put_modrm(f, rng, base, p);
 	/* Displacement and immediates: whatever follows. Small displacements are common in real code. */
 	for (unsigned i = 0; i < 2; i++) {
 		uint64_t value = rng_next(rng);
@@ -140,10 +155,10 @@ static void draw(const struct form *f, struct rng *rng, struct instruction *out)
 	memcpy(out->bytes, bytes, sizeof(out->bytes));
 }
 
-bool form_encode(const struct form *form, struct rng *rng, struct instruction *out)
+bool form_encode(const struct form *form, struct rng *rng, int base, struct instruction *out)
 {
 	for (unsigned i = 0; i < TRIES; i++) {
-		draw(form, rng, out);
+		draw(form, rng, i < TRIES / 2 ? base : -1, out);
 		out->form = form;
 		if (instruction_decode(out) && form_key(&out->info, out->ops) == form->key) {
 			out->length = out->info.length;

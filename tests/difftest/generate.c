@@ -27,6 +27,7 @@ struct builder {
 	bool sequence;
 	struct fixup fixups[CASE_INSTRUCTIONS];
 	unsigned n_fixups;
+	uint32_t barred; /* instructions that no branch may go to: it would jump over a loop's countdown */
 	struct instruction current;
 };
 
@@ -452,6 +453,50 @@ static size_t pick_form(struct builder *b)
 	return g->chosen[rng_below(&b->rng, g->chosen_count)];
 }
 
+/* A base register for the next memory operand: in blocks often one that an earlier operand used, as compilers do and as
+ * translators exploit. */
+static int pick_base(struct builder *b)
+{
+	unsigned candidates = b->pinned & ~b->dirty & ~b->never;
+	unsigned start = rng_below(&b->rng, 16);
+
+	if (!b->sequence || rng_chance(&b->rng, 2))
+		return -1;
+	for (unsigned i = 0; i < 16; i++)
+		if (candidates >> (start + i) % 16 & 1)
+			return (start + i) % 16;
+	return -1;
+}
+
+/* Spoils the instruction: what must raise #UD, or #GP for its length. */
+static void make_illegal(struct builder *b)
+{
+	static const uint8_t no_opcodes[] = {0x06, 0x07, 0x0e, 0x16, 0x17, 0x1e, 0x1f, 0x27, 0x2f, 0x37, 0x3f, 0x60,
+		0x61, 0x82, 0x9a, 0xce, 0xd4, 0xd6, 0xea};
+	static const uint8_t vex_prefixes[] = {0xf0, 0x66, 0xf2, 0xf3, 0x48};
+	struct instruction *i = &b->current;
+	const struct form *f = i->form;
+	unsigned pad = 16 - i->length;
+
+	switch (rng_below(&b->rng, 3)) {
+	case 0: /* sixteen bytes, by prefixes that are legal in themselves */
+		memmove(i->bytes + pad, i->bytes, i->length);
+		memset(i->bytes, 0x2e, pad);
+		i->length = 16;
+		return;
+	case 1:
+		i->bytes[0] = no_opcodes[rng_below(&b->rng, sizeof(no_opcodes))];
+		return;
+	default:
+		if ((f->encoding == FORM_LEGACY && f->may_lock) || i->length == 15)
+			return;
+		memmove(i->bytes + 1, i->bytes, i->length);
+		i->bytes[0] =
+			f->encoding == FORM_LEGACY ? 0xf0 : vex_prefixes[rng_below(&b->rng, sizeof(vex_prefixes))];
+		i->length++;
+	}
+}
+
 /* One random instruction; last says that it is the block's last. */
 static void add_random(struct builder *b, bool last)
 {
@@ -465,7 +510,7 @@ static void add_random(struct builder *b, bool last)
 			continue;
 		if (b->sequence && !last && (f->image || f->privileged))
 			continue;
-		if (!form_encode(f, &b->rng, &b->current) || harmful(b))
+		if (!form_encode(f, &b->rng, pick_base(b), &b->current) || harmful(b))
 			continue;
 		memcpy(gpr, b->t->state.gpr, sizeof(gpr));
 		prepare_values(b);
@@ -475,6 +520,8 @@ static void add_random(struct builder *b, bool last)
 			memcpy(b->t->state.gpr, gpr, sizeof(gpr));
 			continue;
 		}
+		if (last && !f->control_flow && rng_chance(&b->rng, 100))
+			make_illegal(b);
 		if (f->control_flow)
 			prepare_branch(b);
 		note_writes(b);
@@ -508,6 +555,8 @@ static void add_loop(struct builder *b)
 		add_bytes(b, (uint8_t[]){0x48 | (reg >> 3), 0xff, 0xc8 | (reg & 7)}, 3);
 	f = add_fixup(b, FIXUP_RELATIVE, b->t->code_length + 1, 1);
 	f->target = first;
+	if (!use_loop)
+		b->barred |= 1u << b->t->instructions;
 	/* too far for a short jump: the fixup then falls through to the end */
 	add_bytes(b, (uint8_t[]){use_loop ? 0xe2 : 0x75, 0}, 2);
 	b->never &= ~(1u << reg);
@@ -571,10 +620,19 @@ static uint64_t outside_target(struct builder *b, const struct fixup *f)
 	return t->code_address + t->code_length;
 }
 
+/* The address of any instruction after the branch, or of the block's end. */
+static uint64_t later_boundary(struct builder *b, const struct fixup *f, unsigned end)
+{
+	unsigned n = f->instruction + 1 + rng_below(&b->rng, b->t->instructions - f->instruction);
+
+	if (b->barred >> n & 1)
+		n--; /* the countdown itself, or the branch's own successor */
+	return boundary(b->t, n, end);
+}
+
 static void resolve(struct builder *b, const struct fixup *f, unsigned end)
 {
 	struct test_case *t = b->t;
-	unsigned later = t->instructions - f->instruction; /* boundaries after it, the end included */
 	uint64_t target;
 
 	if (f->target >= 0)
@@ -582,7 +640,7 @@ static void resolve(struct builder *b, const struct fixup *f, unsigned end)
 	else if (rng_chance(&b->rng, b->sequence ? 8 : 2))
 		target = outside_target(b, f);
 	else
-		target = boundary(t, f->instruction + 1 + rng_below(&b->rng, later), end);
+		target = later_boundary(b, f, end);
 	if (!reachable(t, f, target)) /* the next instruction always is */
 		target = boundary(t, f->instruction + 1, end);
 	if (f->kind == FIXUP_RELATIVE)

@@ -128,7 +128,8 @@ int guest_create(struct guest **result, const struct engine *engine, const struc
 	bool one_instruction_blocks, struct error *err)
 {
 	scope_free struct guest *guest = aligned_alloc(64, align_up(sizeof(*guest), 64));
-	struct engine_config config = {.cpus = 1, .model = model,
+	struct engine_config config = {.cpus = 1,
+		.model = model,
 		.board = &no_board,
 		.stop_on_exception = true,
 		.one_instruction_blocks = one_instruction_blocks};

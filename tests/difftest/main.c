@@ -17,7 +17,7 @@
 #include "engine/cpu_model.h"
 #include "engine/engine.h"
 
-#define HANG_SECONDS 10
+#define HANG_SECONDS 4
 
 #ifdef HAVE_BT
 static const struct engine *const testable[] = {&engine_bt, &engine_native};
@@ -222,7 +222,7 @@ static void report_crash(struct session *s, int status, bool hung)
 			form = slot->test.form[n];
 	shared->crashes++;
 	if (note_difference(s, form, slot->test.number)) {
-		printf("\nENGINE %s %s in a case with %s\n", hung ? "HANGS" : "DIES",
+		printf("\nENGINE %s%s in a case with %s\n", hung ? "HANGS" : "DIES of ",
 			hung ? "" : strsignal(WIFSIGNALED(status) ? WTERMSIG(status) : 0), s->forms.list[form].name);
 		if (!s->options.only)
 			print_case(&slot->test, &s->forms);

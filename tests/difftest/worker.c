@@ -111,6 +111,10 @@ static void run_case(struct session *s, struct guest *guest, struct slot *slot)
 
 	if (slot->native.vector < 0 || !slot->test.instructions) {
 		s->shared->discarded++;
+		if (s->options.verbose) {
+			printf("\nendless or empty, left out:\n");
+			print_case(&slot->test, &s->forms);
+		}
 		return;
 	}
 	generate_memory(&s->generator, &slot->test, s->pages);
