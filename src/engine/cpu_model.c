@@ -1,6 +1,6 @@
-/* CPU models (cpu_model.h): one table says of every CPUID feature bit who supplies it and which model offers it. Sources:
- * SDM volume 2, CPUID; AMD APM volume 3, appendix E; x86-64 psABI, "micro-architecture levels"; for the hypervisor leaves
- * Linux, Documentation/virt/kvm/x86/cpuid.rst.
+/* CPU models (cpu_model.h): one table says of every CPUID feature bit who supplies it and which model offers it.
+ * Sources: SDM volume 2, CPUID; AMD APM volume 3, appendix E; x86-64 psABI, "micro-architecture levels"; for the
+ * hypervisor leaves Linux, Documentation/virt/kvm/x86/cpuid.rst.
  *
  * cpu_model_cpuid runs while the guest's vector registers are live (bt/system.h): general registers only, no C library.
  */
@@ -20,8 +20,8 @@
 /* Which named models have a feature. */
 enum level { HOST_ONLY, V2 = 2, V3 = 3 };
 
-/* Who supplies a feature. Engine kvm will offer every feature of this table that KVM_GET_SUPPORTED_CPUID has, so only bt's
- * source is told apart here. */
+/* Who supplies a feature. Engine kvm will offer every feature of this table that KVM_GET_SUPPORTED_CPUID has, so only
+ * bt's source is told apart here. */
 enum source {
 	NATIVE, /* the instruction runs as it is in translated code: offered when the host has it */
 	OURS,	/* system_execute and the rest of bt supply it, whatever the host has */
@@ -29,19 +29,25 @@ enum source {
 
 enum vendor_mask { ANY = 3, INTEL = 1 << CPU_INTEL, AMD = 1 << CPU_AMD };
 
-#define XCR0_X87 0x1
-#define XCR0_SSE 0x2
-#define XCR0_AVX 0x6
-#define XCR0_AVX512 0xe6
+#define XCR0_SSE 0x3 /* and x87 */
+#define XCR0_AVX 0x7
+#define XCR0_AVX512 0xe7
 
 static const struct {
 	uint32_t leaf, subleaf;
 	uint8_t reg;
 } words[CPU_WORDS] = {
-	[CPU_1_ECX] = {1, 0, 2},	[CPU_1_EDX] = {1, 0, 3},	 [CPU_7_EBX] = {7, 0, 1},
-	[CPU_7_ECX] = {7, 0, 2},	[CPU_7_EDX] = {7, 0, 3},	 [CPU_7_1_EAX] = {7, 1, 0},
-	[CPU_D_1_EAX] = {0xd, 1, 0},	[CPU_81_ECX] = {0x80000001, 0, 2}, [CPU_81_EDX] = {0x80000001, 0, 3},
-	[CPU_88_EBX] = {0x80000008, 0, 1}, [CPU_821_EAX] = {0x80000021, 0, 0},
+	[CPU_1_ECX] = {1, 0, 2},
+	[CPU_1_EDX] = {1, 0, 3},
+	[CPU_7_EBX] = {7, 0, 1},
+	[CPU_7_ECX] = {7, 0, 2},
+	[CPU_7_EDX] = {7, 0, 3},
+	[CPU_7_1_EAX] = {7, 1, 0},
+	[CPU_D_1_EAX] = {0xd, 1, 0},
+	[CPU_81_ECX] = {0x80000001, 0, 2},
+	[CPU_81_EDX] = {0x80000001, 0, 3},
+	[CPU_88_EBX] = {0x80000008, 0, 1},
+	[CPU_821_EAX] = {0x80000021, 0, 0},
 };
 
 static const struct feature {
@@ -63,7 +69,7 @@ static const struct feature {
 	{"popcnt", CPU_1_ECX, 23, V2, NATIVE, ANY},
 	{"tsc-deadline", CPU_1_ECX, 24, V2, OURS, ANY},
 	{"aes", CPU_1_ECX, 25, HOST_ONLY, NATIVE, ANY},
-	{"xsave", CPU_1_ECX, 26, V3, NATIVE, ANY, XCR0_X87},
+	{"xsave", CPU_1_ECX, 26, V3, NATIVE, ANY, XCR0_SSE},
 	{"avx", CPU_1_ECX, 28, V3, NATIVE, ANY, XCR0_AVX},
 	{"f16c", CPU_1_ECX, 29, V3, NATIVE, ANY, XCR0_AVX},
 	{"rdrand", CPU_1_ECX, 30, HOST_ONLY, NATIVE, ANY},
@@ -126,8 +132,8 @@ static const struct feature {
 	{"fsrm", CPU_7_EDX, 4, HOST_ONLY, NATIVE, ANY},
 	{"avx512vp2intersect", CPU_7_EDX, 8, HOST_ONLY, NATIVE, ANY, XCR0_AVX512},
 	{"avx512fp16", CPU_7_EDX, 23, HOST_ONLY, NATIVE, ANY, XCR0_AVX512},
-	/* MD_CLEAR (bit 10) is not offered: VERW is emulated here and clears no buffer. IBRS, STIBP, SSBD (26, 27, 31) are
-	 * not either: a write to SPEC_CTRL could not reach the host's register from a user process. */
+	/* MD_CLEAR (bit 10) is not offered: VERW is emulated here and clears no buffer. IBRS, STIBP, SSBD (26, 27, 31)
+	 * are not either: a write to SPEC_CTRL could not reach the host's register from a user process. */
 	{"arch-capabilities", CPU_7_EDX, 29, HOST_ONLY, OURS, INTEL},
 
 	{"avx-vnni", CPU_7_1_EAX, 4, HOST_ONLY, NATIVE, ANY, XCR0_AVX},
@@ -136,10 +142,10 @@ static const struct feature {
 	{"fsrs", CPU_7_1_EAX, 11, HOST_ONLY, NATIVE, ANY},
 	{"fsrc", CPU_7_1_EAX, 12, HOST_ONLY, NATIVE, ANY},
 
-	{"xsaveopt", CPU_D_1_EAX, 0, V3, NATIVE, ANY, XCR0_X87},
-	{"xsavec", CPU_D_1_EAX, 1, HOST_ONLY, NATIVE, ANY, XCR0_X87},
-	{"xgetbv1", CPU_D_1_EAX, 2, HOST_ONLY, NATIVE, ANY, XCR0_X87},
-	{"xsaves", CPU_D_1_EAX, 3, HOST_ONLY, NATIVE, ANY, XCR0_X87}, /* done with XSAVEC: no supervisor component */
+	{"xsaveopt", CPU_D_1_EAX, 0, V3, NATIVE, ANY, XCR0_SSE},
+	{"xsavec", CPU_D_1_EAX, 1, HOST_ONLY, NATIVE, ANY, XCR0_SSE},
+	{"xgetbv1", CPU_D_1_EAX, 2, HOST_ONLY, NATIVE, ANY, XCR0_SSE},
+	{"xsaves", CPU_D_1_EAX, 3, HOST_ONLY, NATIVE, ANY, XCR0_SSE}, /* done with XSAVEC: no supervisor component */
 
 	{"lahf-lm", CPU_81_ECX, 0, V2, NATIVE, ANY},
 	{"lzcnt", CPU_81_ECX, 5, V3, NATIVE, ANY},
@@ -174,26 +180,28 @@ static const struct feature {
 #define AMD_REPEATED 0x0183f3ffu
 
 /* IA32_ARCH_CAPABILITIES for models of Intel's vendor. Always true in translated code: guest page tables are never the
- * host's, so what needs a hardware page walk through them cannot happen (Meltdown: RDCL_NO, L1TF is included in it; page
- * size change: PSCHANGE_MC_NO), there is no VMENTRY in the guest (SKIP_L1DFL_VMENTRY), and no real device register
- * is mapped (SBDR_SSDP_NO, FBSDP_NO, PSDP_NO). A guest that believes it saves page-table isolation, which is costly here
- * and protects nothing. Not claimed: IBRS_ALL, BHI_NO: branch predictors are shared between a guest's kernel and programs. */
+ * host's, so what needs a hardware page walk through them cannot happen (Meltdown: RDCL_NO, L1TF is included in it;
+ * page size change: PSCHANGE_MC_NO), there is no VMENTRY in the guest (SKIP_L1DFL_VMENTRY), and no real device register
+ * is mapped (SBDR_SSDP_NO, FBSDP_NO, PSDP_NO). A guest that believes it saves page-table isolation, which is costly
+ * here and protects nothing. Not claimed: IBRS_ALL, BHI_NO: branch predictors are shared between a guest's kernel and
+ * programs. */
 #define ARCH_CAPABILITIES_ALWAYS (1ull << 0 | 1ull << 3 | 1ull << 6 | 1ull << 13 | 1ull << 14 | 1ull << 15)
 /* True when the host says so: these leak between whatever shares a core. */
 static const struct {
 	const char *file;
 	unsigned bit;
 } vulnerabilities[] = {
-	{"spec_store_bypass", 4},     /* SSB_NO */
-	{"mds", 5},		      /* MDS_NO */
-	{"tsx_async_abort", 8},	      /* TAA_NO */
-	{"gather_data_sampling", 26}, /* GDS_NO */
+	{"spec_store_bypass", 4},	/* SSB_NO */
+	{"mds", 5},			/* MDS_NO */
+	{"tsx_async_abort", 8},		/* TAA_NO */
+	{"gather_data_sampling", 26},	/* GDS_NO */
 	{"reg_file_data_sampling", 27}, /* RFDS_NO */
 };
 
 /* The hypervisor leaves. KVM's signature with no feature but NOP_IO_DELAY: Linux uses x2APIC without an interrupt
- * remapper only under a hypervisor that it knows, and x2APIC costs one WRMSR where xAPIC costs a trapped store; it finds no
- * paravirtual clock offered, and runs on the TSC, which is constant, non-stop and has TSC_ADJUST, hence no watchdog. */
+ * remapper only under a hypervisor that it knows, and x2APIC costs one WRMSR where xAPIC costs a trapped store; it
+ * finds no paravirtual clock offered, and runs on the TSC, which is constant, non-stop and has TSC_ADJUST, hence no
+ * watchdog. */
 #define HYPERVISOR_BASE 0x40000000u
 #define HYPERVISOR_MAX 0x40000010u
 #define KVM_FEATURE_NOP_IO_DELAY (1u << 1)
@@ -272,9 +280,9 @@ static void take_xstate(struct cpu_model *m, uint64_t wanted)
 {
 	m->xcr0 = host_xcr0() & wanted;
 	if ((m->xcr0 & XCR0_AVX) != XCR0_AVX)
-		m->xcr0 &= 3;
+		m->xcr0 &= XCR0_SSE;
 	if ((m->xcr0 & XCR0_AVX512) != XCR0_AVX512)
-		m->xcr0 &= XCR0_AVX | 1;
+		m->xcr0 &= XCR0_AVX;
 	for (unsigned i = 2; i < CPU_XSTATES; i++) {
 		uint32_t out[4];
 
@@ -358,8 +366,8 @@ static void build_host(struct cpu_model *m)
 	m->vendor_id[1] = out[3];
 	m->vendor_id[2] = out[2];
 	/* Hygon's CPUs are AMD's Zen */
-	m->vendor = !memcmp(m->vendor_id, "AuthenticAMD", 12) || !memcmp(m->vendor_id, "HygonGenuine", 12) ? CPU_AMD :
-													    CPU_INTEL;
+	m->vendor = !memcmp(m->vendor_id, "AuthenticAMD", 12) || !memcmp(m->vendor_id, "HygonGenuine", 12) ? CPU_AMD
+													   : CPU_INTEL;
 	host_cpuid(1, 0, out);
 	m->signature = out[0];
 	for (unsigned i = 0; i < 3; i++) {
@@ -376,9 +384,9 @@ static void build_host(struct cpu_model *m)
 		m->arch_capabilities = ARCH_CAPABILITIES_ALWAYS | host_not_affected();
 }
 
-/* Named models are an AMD CPU of family 0x11: of all identities for which Linux and glibc have few special cases, the one
- * with the fewest mitigations that translated code makes void (no page-table isolation, no buffer clearing, no return
- * thunks), while no false claim about the host is made. SYSCALL therefore exists in compatibility mode. */
+/* Named models are an AMD CPU of family 0x11: of all identities for which Linux and glibc have few special cases, the
+ * one with the fewest mitigations that translated code makes void (no page-table isolation, no buffer clearing, no
+ * return thunks), while no false claim about the host is made. SYSCALL therefore exists in compatibility mode. */
 static void build_named(struct cpu_model *m, const char *name, unsigned level, char *lacks, size_t size)
 {
 	m->name = name;
@@ -388,7 +396,7 @@ static void build_named(struct cpu_model *m, const char *name, unsigned level, c
 	snprintf(m->brand, sizeof(m->brand), "Hostel virtual CPU %s", name);
 	m->physical_bits = 40; /* the board's 64-bit PCI window ends at 1 TiB */
 	m->linear_bits = 48;
-	take_xstate(m, level >= V3 ? XCR0_AVX | 1 : 0);
+	take_xstate(m, level >= V3 ? XCR0_AVX : 0);
 	take_features(m, level, lacks, size);
 	/* 32 KiB of 8 ways each for data and code, 512 KiB of 8 ways, 16 MiB of 16 ways; 64-byte lines */
 	const uint32_t caches[8] = {
@@ -470,8 +478,8 @@ static void cpuid_xstate(const struct cpu_model *m, uint32_t subleaf, uint32_t o
 	}
 }
 
-/* One socket, one thread per core: levels 1 and 2 are each vCPU's own, level 3 is everyone's. The field counts IDs; Intel
- * wants a power of two there, which Linux rounds AMD's to as well. */
+/* One socket, one thread per core: levels 1 and 2 are each vCPU's own, level 3 is everyone's. The field counts IDs;
+ * Intel wants a power of two there, which Linux rounds AMD's to as well. */
 static void cpuid_cache(const struct cpu_model *m, unsigned cpus, uint32_t subleaf, uint32_t out[4])
 {
 	uint32_t ids = 1u << id_bits(cpus);
@@ -502,8 +510,8 @@ static void cpuid_topology(unsigned cpu, unsigned cpus, uint32_t subleaf, uint32
 	}
 }
 
-static void cpuid_basic(const struct cpu_model *m, unsigned cpu, unsigned cpus, uint32_t leaf, uint32_t subleaf,
-	uint32_t out[4])
+static void cpuid_basic(
+	const struct cpu_model *m, unsigned cpu, unsigned cpus, uint32_t leaf, uint32_t subleaf, uint32_t out[4])
 {
 	switch (leaf) {
 	case 0:
@@ -561,8 +569,8 @@ static void cpuid_basic(const struct cpu_model *m, unsigned cpu, unsigned cpus, 
 	}
 }
 
-static void cpuid_extended(const struct cpu_model *m, unsigned cpu, unsigned cpus, uint32_t leaf, uint32_t subleaf,
-	uint32_t out[4])
+static void cpuid_extended(
+	const struct cpu_model *m, unsigned cpu, unsigned cpus, uint32_t leaf, uint32_t subleaf, uint32_t out[4])
 {
 	switch (leaf) {
 	case 0x80000000:
@@ -620,8 +628,8 @@ static void cpuid_extended(const struct cpu_model *m, unsigned cpu, unsigned cpu
 	}
 }
 
-void cpu_model_cpuid(const struct cpu_model *model, unsigned cpu, unsigned cpus, uint32_t leaf, uint32_t subleaf,
-	uint32_t out[4])
+void cpu_model_cpuid(
+	const struct cpu_model *model, unsigned cpu, unsigned cpus, uint32_t leaf, uint32_t subleaf, uint32_t out[4])
 {
 	out[0] = out[1] = out[2] = out[3] = 0;
 	if (leaf < HYPERVISOR_BASE) {

@@ -72,6 +72,7 @@ struct bt_vm {
 	struct guest_memory *memory;
 	unsigned cpus;
 	bool stop_on_exception, single, exact_flags;
+	int trace; /* HOSTEL_BT_TRACE */
 	struct bt_vcpu *vcpu[64];
 
 	/* code cache: one memfd, mapped writable and, elsewhere, executable */

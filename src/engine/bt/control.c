@@ -3,8 +3,7 @@
 
 #include "engine/bt/bt.h"
 
-#define CR0_WRITABLE                                                                                                   \
-	((uint64_t)CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG)
+#define CR0_WRITABLE ((uint64_t)CR0_PE | CR0_MP | CR0_EM | CR0_TS | CR0_NE | CR0_WP | CR0_AM | CR0_NW | CR0_CD | CR0_PG)
 #define DR6_ONES 0xffff0ff0ull
 #define DR6_WRITABLE 0xe00full
 #define DR6_BD (1ull << 13)
@@ -145,7 +144,7 @@ int control_move(struct bt_vcpu *v, const struct bt_decoded *d)
 {
 	ZydisRegister to = d->operands[0].reg.value, from = d->operands[1].reg.value;
 	bool write = is_within(to, ZYDIS_REGISTER_CR0, ZYDIS_REGISTER_CR15) ||
-		is_within(to, ZYDIS_REGISTER_DR0, ZYDIS_REGISTER_DR15);
+		     is_within(to, ZYDIS_REGISTER_DR0, ZYDIS_REGISTER_DR15);
 	ZydisRegister special = write ? to : from;
 	bool debug = is_within(special, ZYDIS_REGISTER_DR0, ZYDIS_REGISTER_DR15);
 	unsigned number = special - (debug ? ZYDIS_REGISTER_DR0 : ZYDIS_REGISTER_CR0);

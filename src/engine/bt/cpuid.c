@@ -32,7 +32,8 @@ void cpuid_execute(struct bt_vcpu *v)
 
 uint64_t cpuid_cr4_mask(const struct bt_vcpu *v)
 {
-	uint64_t mask = CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE | CR4_OSFXSR | CR4_OSXMMEXCPT;
+	uint64_t mask =
+		CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE | CR4_OSFXSR | CR4_OSXMMEXCPT;
 
 	if (cpu_model_has(v->model, CPU_UMIP))
 		mask |= CR4_UMIP;

@@ -16,7 +16,8 @@ static int gate_fault(struct bt_vcpu *v, int vector, const struct event *e)
 	return bt_raise_error(v, vector, (uint32_t)e->vector * 8 + 2);
 }
 
-/* Fault-class exceptions push RF, so that an instruction breakpoint does not hit again on return (SDM volume 3, 17.3.1.1). */
+/* Fault-class exceptions push RF, so that an instruction breakpoint does not hit again on return (SDM volume
+ * 3, 17.3.1.1). */
 static uint64_t pushed_flags(const struct bt_vcpu *v, const struct event *e)
 {
 	const uint32_t not_faults = 1 << VECTOR_DB | 1 << VECTOR_NMI | 1 << VECTOR_BP | 1 << VECTOR_OF | 1 << VECTOR_DF;
@@ -220,16 +221,16 @@ static bool combine(struct event *e, const struct bt_fault *second, uint64_t rip
 
 	if (!benign && e->vector == VECTOR_DF)
 		return false;
-	if (!benign && ((is_contributory(e->vector) && contributory) ||
-			       (e->vector == VECTOR_PF && (page || contributory)))) {
+	if (!benign &&
+		((is_contributory(e->vector) && contributory) || (e->vector == VECTOR_PF && (page || contributory)))) {
 		*e = (struct event){.vector = VECTOR_DF, .has_error = true, .rip = rip};
 		return true;
 	}
 	/* EXT: the faulting access was not made by an instruction of the guest. */
 	uint32_t ext = !e->software && !page && second->has_error;
 
-	*e = (struct event){.vector = second->vector, .error = second->error | ext, .has_error = second->has_error,
-		.rip = rip};
+	*e = (struct event){
+		.vector = second->vector, .error = second->error | ext, .has_error = second->has_error, .rip = rip};
 	return true;
 }
 
@@ -247,8 +248,11 @@ void exception_deliver(struct bt_vcpu *v)
 {
 	const struct bt_fault *f = &v->fault;
 
-	deliver(v, (struct event){.vector = f->vector, .error = f->error, .has_error = f->has_error,
-		.software = f->software, .rip = f->software ? f->next_rip : v->rip});
+	deliver(v, (struct event){.vector = f->vector,
+			   .error = f->error,
+			   .has_error = f->has_error,
+			   .software = f->software,
+			   .rip = f->software ? f->next_rip : v->rip});
 }
 
 void interrupt_deliver(struct bt_vcpu *v, uint8_t vector)
@@ -355,8 +359,8 @@ static int iret_code64(struct bt_vcpu *v, unsigned size)
 	rip = frame[0];
 	cs = (uint16_t)frame[1];
 	ss = (uint16_t)frame[4];
-	if (return_check_code(v, cs, &raw) < 0 ||
-		return_check_stack(v, ss, cs & 3, raw >> 53 & 1, &ss_raw) < 0 || code_check_target(v, raw, &rip) < 0)
+	if (return_check_code(v, cs, &raw) < 0 || return_check_stack(v, ss, cs & 3, raw >> 53 & 1, &ss_raw) < 0 ||
+		code_check_target(v, raw, &rip) < 0)
 		return BT_FAULT;
 	frame[2] = flags_merge(v, frame[2], size);
 	if (ss_raw)

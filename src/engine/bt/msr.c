@@ -1,6 +1,6 @@
-/* Model-specific registers (SDM volume 4; AMD APM volume 2, appendix A). Those that the board owns (APIC and TSC deadline)
- * go there; those that kernels probe without asking CPUID first answer as they do on a CPU that has nothing behind them;
- * all others raise #GP and are counted.
+/* Model-specific registers (SDM volume 4; AMD APM volume 2, appendix A). Those that the board owns (APIC and TSC
+ * deadline) go there; those that kernels probe without asking CPUID first answer as they do on a CPU that has nothing
+ * behind them; all others raise #GP and are counted.
  */
 #include "engine/bt/system_internal.h"
 
@@ -10,23 +10,65 @@
 #define MSR_X2APIC_LAST 0x8ff
 
 enum {
-	MSR_TSC = 0x10, MSR_PLATFORM_ID = 0x17, MSR_APIC_BASE = 0x1b, MSR_EBL_CR_POWERON = 0x2a,
-	MSR_FEATURE_CONTROL = 0x3a, MSR_TSC_ADJUST = 0x3b, MSR_UCODE_WRITE = 0x79, MSR_UCODE_REVISION = 0x8b,
-	MSR_PERFCTR0 = 0xc1, MSR_PERFCTR1 = 0xc2, MSR_PLATFORM_INFO = 0xce, MSR_MTRR_CAP = 0xfe,
-	MSR_ARCH_CAPABILITIES = 0x10a, MSR_MISC_FEATURES = 0x140, MSR_SYSENTER_CS = 0x174, MSR_SYSENTER_ESP = 0x175,
-	MSR_SYSENTER_EIP = 0x176, MSR_MCG_CAP = 0x179, MSR_MCG_STATUS = 0x17a, MSR_EVNTSEL0 = 0x186, MSR_EVNTSEL1 = 0x187,
-	MSR_PERF_STATUS = 0x198, MSR_MISC_ENABLE = 0x1a0, MSR_DEBUGCTL = 0x1d9, MSR_MTRR_BASE0 = 0x200,
-	MSR_MTRR_64K = 0x250, MSR_MTRR_16K = 0x258, MSR_MTRR_4K = 0x268, MSR_PAT = 0x277, MSR_MTRR_DEF_TYPE = 0x2ff,
-	MSR_MC0 = 0x400, MSR_TSC_DEADLINE = 0x6e0, MSR_XSS = 0xda0,
+	MSR_TSC = 0x10,
+	MSR_PLATFORM_ID = 0x17,
+	MSR_APIC_BASE = 0x1b,
+	MSR_EBL_CR_POWERON = 0x2a,
+	MSR_FEATURE_CONTROL = 0x3a,
+	MSR_TSC_ADJUST = 0x3b,
+	MSR_UCODE_WRITE = 0x79,
+	MSR_UCODE_REVISION = 0x8b,
+	MSR_PERFCTR0 = 0xc1,
+	MSR_PERFCTR1 = 0xc2,
+	MSR_PLATFORM_INFO = 0xce,
+	MSR_MTRR_CAP = 0xfe,
+	MSR_ARCH_CAPABILITIES = 0x10a,
+	MSR_MISC_FEATURES = 0x140,
+	MSR_SYSENTER_CS = 0x174,
+	MSR_SYSENTER_ESP = 0x175,
+	MSR_SYSENTER_EIP = 0x176,
+	MSR_MCG_CAP = 0x179,
+	MSR_MCG_STATUS = 0x17a,
+	MSR_EVNTSEL0 = 0x186,
+	MSR_EVNTSEL1 = 0x187,
+	MSR_PERF_STATUS = 0x198,
+	MSR_MISC_ENABLE = 0x1a0,
+	MSR_DEBUGCTL = 0x1d9,
+	MSR_MTRR_BASE0 = 0x200,
+	MSR_MTRR_64K = 0x250,
+	MSR_MTRR_16K = 0x258,
+	MSR_MTRR_4K = 0x268,
+	MSR_PAT = 0x277,
+	MSR_MTRR_DEF_TYPE = 0x2ff,
+	MSR_MC0 = 0x400,
+	MSR_TSC_DEADLINE = 0x6e0,
+	MSR_XSS = 0xda0,
 };
 enum msr_extended {
-	MSR_EFER = 0xc0000080u, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_SFMASK,
-	MSR_FS_BASE = 0xc0000100u, MSR_GS_BASE, MSR_KERNEL_GS_BASE, MSR_TSC_AUX,
-	MSR_AMD_EVNTSEL0 = 0xc0010000u, MSR_AMD_PERFCTR3 = 0xc0010007u, MSR_AMD_SYSCFG = 0xc0010010u,
-	MSR_AMD_HWCR = 0xc0010015u, MSR_AMD_TOP_MEM = 0xc001001au, MSR_AMD_TOP_MEM2 = 0xc001001du,
-	MSR_AMD_NB_CFG = 0xc001001fu, MSR_AMD_INT_PENDING = 0xc0010055u, MSR_AMD_VM_CR = 0xc0010114u,
-	MSR_AMD_OSVW_LENGTH = 0xc0010140u, MSR_AMD_OSVW_STATUS = 0xc0010141u, MSR_AMD_DC_CFG = 0xc0011022u,
-	MSR_AMD_BU_CFG = 0xc0011023u, MSR_AMD_DE_CFG = 0xc0011029u, MSR_AMD_BU_CFG2 = 0xc001102au,
+	MSR_EFER = 0xc0000080u,
+	MSR_STAR,
+	MSR_LSTAR,
+	MSR_CSTAR,
+	MSR_SFMASK,
+	MSR_FS_BASE = 0xc0000100u,
+	MSR_GS_BASE,
+	MSR_KERNEL_GS_BASE,
+	MSR_TSC_AUX,
+	MSR_AMD_EVNTSEL0 = 0xc0010000u,
+	MSR_AMD_PERFCTR3 = 0xc0010007u,
+	MSR_AMD_SYSCFG = 0xc0010010u,
+	MSR_AMD_HWCR = 0xc0010015u,
+	MSR_AMD_TOP_MEM = 0xc001001au,
+	MSR_AMD_TOP_MEM2 = 0xc001001du,
+	MSR_AMD_NB_CFG = 0xc001001fu,
+	MSR_AMD_INT_PENDING = 0xc0010055u,
+	MSR_AMD_VM_CR = 0xc0010114u,
+	MSR_AMD_OSVW_LENGTH = 0xc0010140u,
+	MSR_AMD_OSVW_STATUS = 0xc0010141u,
+	MSR_AMD_DC_CFG = 0xc0011022u,
+	MSR_AMD_BU_CFG = 0xc0011023u,
+	MSR_AMD_DE_CFG = 0xc0011029u,
+	MSR_AMD_BU_CFG2 = 0xc001102au,
 };
 
 #define MCE_BANKS 4
@@ -50,7 +92,7 @@ static int msr_unknown(struct bt_vcpu *v)
 static bool is_board_msr(uint32_t msr)
 {
 	return msr - MSR_X2APIC_FIRST <= MSR_X2APIC_LAST - MSR_X2APIC_FIRST || msr == MSR_TSC_DEADLINE ||
-		msr == MSR_APIC_BASE;
+	       msr == MSR_APIC_BASE;
 }
 
 /* Index into mtrr_fixed, or -1. */
@@ -272,7 +314,8 @@ static int write_mtrr(struct bt_vcpu *v, uint32_t msr, uint64_t value)
 	if (msr - MSR_MTRR_BASE0 < 2 * MTRR_VARIABLE) {
 		unsigned i = (msr - MSR_MTRR_BASE0) / 2;
 
-		if (value & ~physical_mask(v) || (msr & 1 ? value & 0x7ff : value & 0xf00 || !are_memory_types(value & 0xff, false)))
+		if (value & ~physical_mask(v) ||
+			(msr & 1 ? value & 0x7ff : value & 0xf00 || !are_memory_types(value & 0xff, false)))
 			return msr_refuse(v);
 		if (msr & 1)
 			v->mtrr_mask[i] = value;
@@ -413,7 +456,8 @@ int msr_write(struct bt_vcpu *v, uint32_t msr, uint64_t value)
 }
 
 /* Power-on values. The MTRRs are as firmware leaves them, since a kernel may be started without any: all memory is
- * write-back but for the VGA window and the devices from 3 to 4 GiB. A kernel that finds them disabled turns PAT off. */
+ * write-back but for the VGA window and the devices from 3 to 4 GiB. A kernel that finds them disabled turns PAT off.
+ */
 void msr_reset(struct bt_vcpu *v)
 {
 	const uint64_t write_back = 0x0606060606060606ull;

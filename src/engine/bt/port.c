@@ -45,8 +45,8 @@ int port_execute(struct bt_vcpu *v, const struct bt_decoded *d)
 	bool in = d->insn.mnemonic == ZYDIS_MNEMONIC_IN;
 	const ZydisDecodedOperand *port = &d->operands[in ? 1 : 0], *data = &d->operands[in ? 0 : 1];
 	unsigned size = data->size / 8;
-	uint16_t number = port->type == ZYDIS_OPERAND_TYPE_IMMEDIATE ? (uint8_t)port->imm.value.u :
-								       (uint16_t)v->gprs[ENGINE_RDX];
+	uint16_t number =
+		port->type == ZYDIS_OPERAND_TYPE_IMMEDIATE ? (uint8_t)port->imm.value.u : (uint16_t)v->gprs[ENGINE_RDX];
 
 	if (port_check(v, number, size) < 0)
 		return BT_FAULT;

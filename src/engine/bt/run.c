@@ -138,8 +138,20 @@ static void take_interrupt(struct bt_vcpu *v)
 	interrupt_deliver(v, (uint8_t)vector);
 }
 
+/* HOSTEL_BT_TRACE=1 prints exceptions, =2 every entry into translated code too: for finding where a guest goes wrong. */
+static void trace(struct bt_vcpu *v, const char *what)
+{
+	fpu_park(v);
+	fprintf(stderr, "bt: cpu%u %s rip %lx mode %x vector %d error %x cr2 %lx rflags %lx\n", v->index, what, v->rip, v->mode,
+		v->fault.vector, v->fault.error, v->cr2, bt_rflags(v));
+	for (int k = 0; k < 16; k++)
+		fprintf(stderr, "%lx%c", v->gprs[k], k == 15 ? '\n' : ' ');
+}
+
 static enum next on_fault(struct bt_vcpu *v, struct engine_exit *exit)
 {
+	if (v->vm->trace)
+		trace(v, "fault");
 	v->private->statistics[STAT_EXCEPTIONS]++;
 	if (v->vm->stop_on_exception) {
 		exit->vector = v->fault.vector;
@@ -221,6 +233,8 @@ static enum next run_once(struct bt_vcpu *v, struct bt_site **link, struct engin
 			fill_jump_cache(v, block);
 	}
 	v->page = v->rip & ~0xfffull;
+	if (vm->trace > 1)
+		trace(v, "enter");
 	fpu_unpark(v);
 	vm->enter(v, block->entry_mem);
 	switch ((enum bt_exit)v->exit_code) {
@@ -366,6 +380,8 @@ static int bt_vm_create(struct engine_vm **made, const struct engine_config *con
 	vm->bt.exact_flags = config->exact_flags;
 	vm->bt.single = config->one_instruction_blocks;
 	vm->tsc_start = host_tsc();
+	if (getenv("HOSTEL_BT_TRACE"))
+		vm->bt.trace = atoi(getenv("HOSTEL_BT_TRACE"));
 	r = cache_create(&vm->bt, err);
 	if (r == 0)
 		r = translate_create(&vm->bt, err);

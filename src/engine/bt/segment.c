@@ -220,8 +220,13 @@ struct stack stack_current(const struct bt_vcpu *v)
 struct stack stack_inner(uint16_t selector, uint64_t raw, uint64_t sp, unsigned cpl)
 {
 	uint16_t attributes = descriptor_attributes(raw);
-	struct stack s = {.base = descriptor_base(raw), .sp = sp, .limit = descriptor_limit(raw), .checked = true,
-		.big = attributes & SEGMENT_DB, .expand_down = attributes & TYPE_EXPAND_DOWN, .user = cpl == 3,
+	struct stack s = {.base = descriptor_base(raw),
+		.sp = sp,
+		.limit = descriptor_limit(raw),
+		.checked = true,
+		.big = attributes & SEGMENT_DB,
+		.expand_down = attributes & TYPE_EXPAND_DOWN,
+		.user = cpl == 3,
 		.fault_selector = selector & 0xfffc};
 
 	s.mask = s.big ? UINT32_MAX : 0xffff;
@@ -528,8 +533,8 @@ int far_call(struct bt_vcpu *v, uint16_t selector, uint64_t offset, unsigned siz
 		if (direct_check(v, selector, raw) < 0 || code_check_target(v, raw, &offset) < 0)
 			return BT_FAULT;
 	}
-	if (stack_push(v, &stack, v->segments[ENGINE_CS].selector, size) < 0 ||
-		stack_push(v, &stack, next, size) < 0 || descriptor_accessed(v, selector, &raw) < 0)
+	if (stack_push(v, &stack, v->segments[ENGINE_CS].selector, size) < 0 || stack_push(v, &stack, next, size) < 0 ||
+		descriptor_accessed(v, selector, &raw) < 0)
 		return BT_FAULT;
 	stack_commit(v, &stack);
 	code_set(v, selector, raw, v->cpl);

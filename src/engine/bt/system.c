@@ -1,5 +1,5 @@
-/* One instruction of the privileged architecture (system.h): who executes it, and the short ones themselves. SDM volume 2
- * and, where AMD differs, APM volume 3 under each name.
+/* One instruction of the privileged architecture (system.h): who executes it, and the short ones themselves. SDM volume
+ * 2 and, where AMD differs, APM volume 3 under each name.
  */
 #include "engine/bt/system_internal.h"
 
@@ -42,7 +42,7 @@ int operand_write(struct bt_vcpu *v, const struct bt_decoded *d, unsigned i, uns
 static bool is_segment(const ZydisDecodedOperand *op)
 {
 	return op->type == ZYDIS_OPERAND_TYPE_REGISTER && op->reg.value >= ZYDIS_REGISTER_ES &&
-		op->reg.value <= ZYDIS_REGISTER_GS;
+	       op->reg.value <= ZYDIS_REGISTER_GS;
 }
 
 /* enum of engine.h and Zydis number the six alike: ES CS SS DS FS GS. */
@@ -117,8 +117,8 @@ static int pop_segment(struct bt_vcpu *v, const struct bt_decoded *d)
 }
 
 /* A far pointer in memory: the offset (size bytes), then the selector. */
-static int far_pointer(struct bt_vcpu *v, const struct bt_decoded *d, unsigned i, uint64_t *offset, uint16_t *selector,
-	unsigned *size)
+static int far_pointer(
+	struct bt_vcpu *v, const struct bt_decoded *d, unsigned i, uint64_t *offset, uint16_t *selector, unsigned *size)
 {
 	uint64_t linear;
 
@@ -357,7 +357,8 @@ static int invpcid_execute(struct bt_vcpu *v, const struct bt_decoded *d)
 	if (require_cpl0(v) < 0 || bt_effective_address(v, d, &d->operands[1], 16, BT_READ, &linear) < 0 ||
 		bt_read_linear(v, linear, descriptor, sizeof(descriptor), false) < 0)
 		return BT_FAULT;
-	if (type > 3 || descriptor[0] >> 12 || (type <= 1 && descriptor[0]) || (type == 0 && !is_canonical(descriptor[1])))
+	if (type > 3 || descriptor[0] >> 12 || (type <= 1 && descriptor[0]) ||
+		(type == 0 && !is_canonical(descriptor[1])))
 		return raise_gp(v);
 	if (type == 0)
 		bt_tlb_flush_page(v, descriptor[1]);

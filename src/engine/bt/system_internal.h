@@ -58,8 +58,8 @@ static inline uint64_t next_rip(const struct bt_vcpu *v, const struct bt_decoded
 
 /* ---- descriptors (SDM volume 3, 3.4.5) ---- */
 #define TYPE_ACCESSED 0x1
-#define TYPE_WRITABLE 0x2 /* data */
-#define TYPE_READABLE 0x2 /* code */
+#define TYPE_WRITABLE 0x2    /* data */
+#define TYPE_READABLE 0x2    /* code */
 #define TYPE_EXPAND_DOWN 0x4 /* data */
 #define TYPE_CONFORMING 0x4  /* code */
 #define TYPE_CODE 0x8
@@ -102,8 +102,8 @@ static inline uint32_t descriptor_limit(uint64_t raw)
 	return raw >> 55 & 1 ? limit << 12 | 0xfff : limit;
 }
 
-static inline void segment_set(struct bt_vcpu *v, int s, uint16_t selector, uint64_t base, uint32_t limit,
-	uint16_t attributes)
+static inline void segment_set(
+	struct bt_vcpu *v, int s, uint16_t selector, uint64_t base, uint32_t limit, uint16_t attributes)
 {
 	v->segments[s].selector = selector;
 	v->segments[s].base = base;
