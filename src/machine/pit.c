@@ -311,8 +311,9 @@ void pit_reset(struct pit *pit)
 	struct wakeups w = {0};
 
 	scope_lock(&pit->lock);
+	/* Square waves without a count: OUT is high, so that the first mode a kernel sets makes no edge. */
 	for (unsigned i = 0; i < PIT_CHANNELS; i++)
-		pit->channel[i] = (struct pit_channel){.access = 3, .count = 65536, .gate = i != 2};
+		pit->channel[i] = (struct pit_channel){.mode = 3, .access = 3, .count = 65536, .gate = i != 2};
 	pit->port61 = 0;
 	channel0_changed(pit, &w); /* nothing counts, and there is nobody to wake */
 }

@@ -122,11 +122,11 @@ static void test_modes(void **state)
 	pulse(&f, 4);
 	assert_int_equal(ack(&f), 0x34);
 	out8(&f, 0x20, 0xa0);
-	pulse(&f, 0);
+	pulse(&f, 1);
 	pulse(&f, 5);
 	assert_int_equal(ack(&f), 0x35);
 	out8(&f, 0x20, 0x20);
-	assert_int_equal(ack(&f), 0x30);
+	assert_int_equal(ack(&f), 0x31);
 	out8(&f, 0x20, 0x20);
 	out8(&f, 0x20, 0xc7); /* back to normal */
 	/* Poll */
