@@ -17,6 +17,9 @@
 #include "base/util.h"
 #include "engine/tsc.h"
 
+/* see above; said here as well, whatever this file is compiled with */
+#pragma GCC target("general-regs-only")
+
 /* Which named models have a feature. */
 enum level { HOST_ONLY, V2 = 2, V3 = 3 };
 

@@ -467,7 +467,9 @@ void msr_reset(struct bt_vcpu *v)
 	v->pat = 0x0007040600070406ull;
 	v->tsc_aux = v->spec_ctrl = 0;
 	v->misc_enable = MISC_ENABLE_RESET;
-	v->tsc_offset -= bt_tsc(v);
+	/* The offset that all vCPUs of a VM have in common comes back: a TSC that each set to 0 at its own reset would
+	 * differ between them. */
+	v->tsc_offset -= v->tsc_adjust;
 	v->tsc_adjust = 0;
 	for (unsigned i = 0; i < ARRAY_SIZE(v->mtrr_fixed); i++)
 		v->mtrr_fixed[i] = i == 2 ? 0 : write_back;
