@@ -144,8 +144,7 @@ static void test_one_shot(void **state)
 	apic_write(&f, 0, 0x320, 0xec);
 	start = clock_now();
 	apic_write(&f, 0, 0x380, 20 * MS);
-	uint32_t left = apic_read(&f, 0, 0x390);
-	assert_true(left <= 20 * MS && left > 0);
+	assert_true(apic_read(&f, 0, 0x390) <= 20 * MS);
 	assert_int_equal(wait_interrupt(&f, 0), 0xec);
 	assert_true(clock_now() - start >= 20 * MS);
 	assert_int_equal(apic_read(&f, 0, 0x390), 0);
@@ -153,17 +152,17 @@ static void test_one_shot(void **state)
 	sleep_ns(30 * MS);
 	assert_false(board_interrupt_pending(f.board, 0));
 	/* Stopped before it ends */
-	apic_write(&f, 0, 0x380, 20 * MS);
+	apic_write(&f, 0, 0x380, 200 * MS);
 	apic_write(&f, 0, 0x380, 0);
-	sleep_ns(30 * MS);
+	sleep_ns(220 * MS);
 	assert_false(board_interrupt_pending(f.board, 0));
 	/* Calibration: a long count at divisor 16, read after a while */
 	apic_write(&f, 0, 0x3e0, 3);
-	apic_write(&f, 0, 0x380, 0xffffffff);
 	start = clock_now();
+	apic_write(&f, 0, 0x380, 0xffffffff);
 	sleep_ns(50 * MS);
 	uint64_t ticks = 0xffffffff - apic_read(&f, 0, 0x390), spent = clock_now() - start;
-	assert_true(ticks * 16 <= spent + MS && ticks * 16 >= 50 * MS);
+	assert_true(ticks * 16 <= spent + 16 && ticks * 16 >= 50 * MS);
 	fixture_stop(&f);
 }
 
@@ -203,7 +202,7 @@ static void test_tsc_deadline(void **state)
 	assert_true(wrmsr(&f, 0, MSR_TSC_DEADLINE, fake_tsc())); /* another mode: ignored */
 	assert_int_equal(rdmsr(&f, 0, MSR_TSC_DEADLINE), 0);
 	apic_write(&f, 0, 0x320, 0x400ec);
-	deadline = fake_tsc() + FAKE_TSC_HZ / 50;
+	deadline = fake_tsc() + FAKE_TSC_HZ / 5;
 	wrmsr(&f, 0, MSR_TSC_DEADLINE, deadline);
 	assert_int_equal(rdmsr(&f, 0, MSR_TSC_DEADLINE), deadline);
 	assert_false(board_interrupt_pending(f.board, 0));
@@ -216,13 +215,13 @@ static void test_tsc_deadline(void **state)
 	assert_int_equal(board_interrupt_ack(f.board, 0), 0xec);
 	apic_write(&f, 0, 0xb0, 0);
 	/* Disarmed by zero, and by a change of mode; never within an age */
-	wrmsr(&f, 0, MSR_TSC_DEADLINE, fake_tsc() + FAKE_TSC_HZ / 100);
+	wrmsr(&f, 0, MSR_TSC_DEADLINE, fake_tsc() + FAKE_TSC_HZ / 5);
 	wrmsr(&f, 0, MSR_TSC_DEADLINE, 0);
-	wrmsr(&f, 0, MSR_TSC_DEADLINE, fake_tsc() + FAKE_TSC_HZ / 100);
+	wrmsr(&f, 0, MSR_TSC_DEADLINE, fake_tsc() + FAKE_TSC_HZ / 5);
 	apic_write(&f, 0, 0x320, 0xec);
 	apic_write(&f, 0, 0x320, 0x400ec);
 	wrmsr(&f, 0, MSR_TSC_DEADLINE, ~0ull);
-	sleep_ns(30 * MS);
+	sleep_ns(220 * MS);
 	assert_false(board_interrupt_pending(f.board, 0));
 	apic_write(&f, 0, 0x380, 1000); /* the initial count has no effect here */
 	sleep_ns(5 * MS);

@@ -258,6 +258,95 @@ static void test_everything(void **state)
 	fixture_stop(&f);
 }
 
+/* A hostile guest on two vCPUs: any register, any value, any order, while the timers run. */
+static uint64_t next_random(uint64_t *seed)
+{
+	*seed ^= *seed << 13;
+	*seed ^= *seed >> 7;
+	*seed ^= *seed << 17;
+	return *seed;
+}
+
+struct hostile {
+	struct fixture *f;
+	unsigned cpu;
+	uint64_t seed;
+};
+
+static void *hostile_thread(void *opaque)
+{
+	static const uint16_t ports[] = {0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x40, 0x41, 0x42, 0x43, 0x60, 0x61, 0x64, 0x70,
+		0x71, 0x92, 0x3f8, 0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x600, 0x602, 0x604, 0x608, 0xcf8, 0xcfc, 0xcf9};
+	static const uint32_t msrs[] = {0x1b, 0x6e0};
+	struct hostile *h = opaque;
+	struct board *b = h->f->board;
+
+	for (unsigned i = 0; i < 60000; i++) {
+		uint64_t r = next_random(&h->seed), value = next_random(&h->seed) >> (r >> 8 & 63);
+		uint16_t port = ports[(r >> 16) % ARRAY_SIZE(ports)];
+		uint32_t offset = (r >> 16 & 0x3f) * 16;
+		uint32_t msr = r >> 40 & 1 ? msrs[r >> 41 & 1] : 0x800 + (r >> 16 & 0x3f);
+		unsigned size = 1 << (r >> 32 & 3);
+
+		switch (r & 15) {
+		case 0 ... 3:
+			board_pio_write(b, h->cpu, port, min(size, 4u), value);
+			break;
+		case 4:
+			board_pio_read(b, h->cpu, port, min(size, 4u));
+			break;
+		case 5 ... 7:
+			board_mmio_write(b, h->cpu, BOARD_LAPIC_BASE + offset, size, value);
+			break;
+		case 8:
+			board_mmio_read(b, h->cpu, BOARD_LAPIC_BASE + offset, size);
+			break;
+		case 9 ... 10:
+			board_mmio_write(b, h->cpu, BOARD_IOAPIC_BASE + (r >> 20 & 1) * 16, 4, value);
+			break;
+		case 11:
+			board_msr_write(b, h->cpu, msr, msr == 0x1b ? 0xfee00000 | (value & 0xd00) : value);
+			break;
+		case 12:
+			board_msr_read(b, h->cpu, msr, &value);
+			break;
+		case 13:
+			board_irq(b, r >> 20 & 31, r >> 25 & 1);
+			break;
+		case 14:
+			board_msi(b, 0xfee00000 | (value & 0xfffff), r >> 16);
+			break;
+		default:
+			if (board_interrupt_pending(b, h->cpu))
+				board_interrupt_ack(b, h->cpu);
+		}
+	}
+	return NULL;
+}
+
+static void test_hostile(void **state)
+{
+	struct fixture f;
+	struct hostile hostile[2];
+	pthread_t threads[2];
+	uint64_t seed = clock_now();
+
+	print_message("seed %llu\n", (unsigned long long)seed);
+	fixture_start(&f, 2);
+	for (unsigned i = 0; i < 2; i++) {
+		hostile[i] = (struct hostile){&f, i, (seed + i) | 1};
+		pthread_create(&threads[i], NULL, hostile_thread, &hostile[i]);
+	}
+	for (unsigned i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	/* The board still works. */
+	board_reset(f.board);
+	apic_enable(&f, 1);
+	board_msi(f.board, 0xfee01000, 0x81);
+	assert_int_equal(board_interrupt_ack(f.board, 1), 0x81);
+	fixture_stop(&f);
+}
+
 static void test_bad_configuration(void **state)
 {
 	struct fixture f;
@@ -442,6 +531,7 @@ const struct CMUnitTest legacy_tests[] = {
 	cmocka_unit_test(test_i8042_and_reset),
 	cmocka_unit_test(test_power),
 	cmocka_unit_test(test_everything),
+	cmocka_unit_test(test_hostile),
 	cmocka_unit_test(test_bad_configuration),
 	cmocka_unit_test(test_memory),
 	cmocka_unit_test(test_space),

@@ -31,16 +31,17 @@ static void test_pit_calibration(void **state)
 	while (!(in8(&f, 0x61) & 0x20) && clock_now() - start < 1000 * MS)
 		;
 	spent = clock_now() - start;
-	assert_true(spent >= 49 * MS && spent < 60 * MS + 40 * MS);
-	/* As its quick form: the most significant byte counts down. */
+	assert_true(spent >= 49 * MS && spent < 1000 * MS);
+	/* As its quick form: the most significant byte counts down, 214 us a step. */
 	out8(&f, 0x43, 0xb0);
 	out8(&f, 0x42, 0xff);
+	start = clock_now();
 	out8(&f, 0x42, 0xff);
-	in8(&f, 0x42);
-	assert_in_range(in8(&f, 0x42), 0xf0, 0xff);
 	sleep_ns(5 * MS);
 	in8(&f, 0x42);
-	assert_in_range(in8(&f, 0x42), 0x80, 0xe9);
+	unsigned high = in8(&f, 0x42), steps = (clock_now() - start) / 214000 + 1;
+
+	assert_true(high <= 0xe9 && (steps > 0xff || high >= 0xff - steps));
 	/* A closed gate stops it. */
 	out8(&f, 0x61, 0);
 	out8(&f, 0x43, 0x80);
