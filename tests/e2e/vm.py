@@ -105,7 +105,10 @@ class Vm:
                      f"standard error: {self.stderr().strip()[-2000:] or '(nothing)'}\n  console:\n{tail}\n    {self.partial}")
 
     def expect(self, pattern, timeout=60):
-        """Waits until the console has matched the pattern behind the last match; returns the match."""
+        """Waits until the console has matched the pattern behind the last match; returns the match. A $ at the pattern's
+        end stands for a line that is complete, not for the end of what has arrived so far."""
+        if pattern.endswith("$"):
+            pattern = pattern[:-1] + r"(?=\n)"
         end = time.monotonic() + timeout * SLOW
         expression = re.compile(pattern, re.M)
         with self.condition:
