@@ -5,12 +5,12 @@
  * happened. Here both happen in one turn of the loop, made when a descriptor has an event, a time-out is over or the
  * guest has sent something; between turns epoll watches what the last fill named.
  */
+#include <poll.h>
 #include <signal.h>
 #include <slirp/libslirp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 
 #include "base/cleanup.h"
 #include "base/util.h"
@@ -31,9 +31,7 @@ struct frame {
 struct watched {	 /* a descriptor of libslirp's, by its number */
 	bool added;	 /* to the loop */
 	uint32_t events; /* asked of the loop */
-	uint32_t wanted; /* by the last fill */
-	unsigned fill;	 /* which one that was */
-	uint32_t happened;
+	unsigned fill;	 /* the last one that named it */
 };
 
 struct user {
@@ -44,9 +42,10 @@ struct user {
 
 	struct watched *fds;
 	unsigned fds_room;
-	int *listed; /* descriptors in the order of the last fill; -1: closed since */
+	struct pollfd *listed; /* by the last fill; fd -1: closed since */
 	unsigned listed_count, listed_room;
 	unsigned fill;
+	bool ready; /* epoll has said that something is */
 
 	struct frame *backlog, **backlog_end;
 	size_t backlog_bytes;
@@ -111,25 +110,25 @@ static void turn_soon(struct user *u)
 		loop_timer_set(u->net.loop, &u->turn, clock_now());
 }
 
-static uint32_t to_epoll(int events)
+/* SLIRP_POLL_* and poll(2)'s bits; epoll's are the same as poll's for these. */
+static short to_poll(int events)
 {
-	return (events & SLIRP_POLL_IN ? EPOLLIN : 0) | (events & SLIRP_POLL_OUT ? EPOLLOUT : 0) |
-	       (events & SLIRP_POLL_PRI ? EPOLLPRI : 0) | (events & SLIRP_POLL_ERR ? EPOLLERR : 0) |
-	       (events & SLIRP_POLL_HUP ? EPOLLHUP : 0);
+	return (events & SLIRP_POLL_IN ? POLLIN : 0) | (events & SLIRP_POLL_OUT ? POLLOUT : 0) |
+	       (events & SLIRP_POLL_PRI ? POLLPRI : 0);
 }
 
-static int from_epoll(uint32_t events)
+static int from_poll(short events)
 {
-	return (events & EPOLLIN ? SLIRP_POLL_IN : 0) | (events & EPOLLOUT ? SLIRP_POLL_OUT : 0) |
-	       (events & EPOLLPRI ? SLIRP_POLL_PRI : 0) | (events & EPOLLERR ? SLIRP_POLL_ERR : 0) |
-	       (events & EPOLLHUP ? SLIRP_POLL_HUP : 0);
+	return (events & POLLIN ? SLIRP_POLL_IN : 0) | (events & POLLOUT ? SLIRP_POLL_OUT : 0) |
+	       (events & POLLPRI ? SLIRP_POLL_PRI : 0) | (events & POLLERR ? SLIRP_POLL_ERR : 0) |
+	       (events & POLLHUP ? SLIRP_POLL_HUP : 0);
 }
 
 static void fd_event(void *opaque, int fd, uint32_t events)
 {
 	struct user *u = opaque;
 
-	u->fds[fd].happened |= events;
+	u->ready = true;
 	turn_soon(u);
 }
 
@@ -158,22 +157,17 @@ static int add_poll(int fd, int events, void *opaque)
 		!grow((void **)&u->listed, &u->listed_room, u->listed_count + 1, sizeof(*u->listed)))
 		return -1;
 	u->fds[fd].fill = u->fill;
-	u->fds[fd].wanted = to_epoll(events);
-	u->listed[u->listed_count] = fd;
+	u->listed[u->listed_count] = (struct pollfd){.fd = fd, .events = to_poll(events)};
 	return u->listed_count++;
 }
 
 static int get_revents(int index, void *opaque)
 {
 	struct user *u = opaque;
-	uint32_t events;
-	int fd;
 
-	if (index < 0 || (unsigned)index >= u->listed_count || (fd = u->listed[index]) < 0)
-		return 0;
-	events = u->fds[fd].happened;
-	u->fds[fd].happened = 0;
-	return from_epoll(events);
+	return index >= 0 && (unsigned)index < u->listed_count && u->listed[index].fd >= 0
+		       ? from_poll(u->listed[index].revents)
+		       : 0;
 }
 
 static void register_poll_fd(int fd, void *opaque)
@@ -193,8 +187,8 @@ static void unregister_poll_fd(int fd, void *opaque)
 	u->fds[fd] = (struct watched){0};
 	/* The number may be another socket's by the time of the next poll. */
 	for (unsigned i = 0; i < u->listed_count; i++)
-		if (u->listed[i] == fd)
-			u->listed[i] = -1;
+		if (u->listed[i].fd == fd)
+			u->listed[i].fd = -1;
 }
 
 static void watch(struct user *u, int fd, uint32_t events)
@@ -213,24 +207,30 @@ static void watch(struct user *u, int fd, uint32_t events)
 static void tell(struct user *u)
 {
 	u->told = clock_now();
+	for (unsigned i = 0; i < u->listed_count; i++)
+		u->listed[i].revents = 0;
+	/* What epoll reported may be out of date by now, and libslirp's listening sockets block: asked again. */
+	if (u->ready)
+		poll(u->listed, u->listed_count, 0);
+	u->ready = false;
 	slirp_pollfds_poll(u->slirp, 0, get_revents, u);
 }
 
 static void fill(struct user *u)
 {
 	uint32_t timeout = UINT32_MAX;
-	scope_free int *before = take_ptr(u->listed);
+	scope_free struct pollfd *before = take_ptr(u->listed);
 	unsigned before_count = u->listed_count;
 
 	u->listed_count = u->listed_room = 0;
 	u->fill++;
 	slirp_pollfds_fill(u->slirp, &timeout, add_poll, u);
 	for (unsigned i = 0; i < before_count; i++)
-		if (before[i] >= 0 && u->fds[before[i]].fill != u->fill && u->fds[before[i]].events)
-			watch(u, before[i], 0);
+		if (before[i].fd >= 0 && u->fds[before[i].fd].fill != u->fill && u->fds[before[i].fd].events)
+			watch(u, before[i].fd, 0);
 	for (unsigned i = 0; i < u->listed_count; i++)
-		if (u->listed[i] >= 0 && u->fds[u->listed[i]].events != u->fds[u->listed[i]].wanted)
-			watch(u, u->listed[i], u->fds[u->listed[i]].wanted);
+		if (u->listed[i].fd >= 0 && u->fds[u->listed[i].fd].events != (uint32_t)u->listed[i].events)
+			watch(u, u->listed[i].fd, u->listed[i].events);
 	/* A guest without connections must not wake the host every second. */
 	if (timeout < IDLE_TIMEOUT)
 		loop_timer_set(u->net.loop, &u->timeout, clock_now() + timeout * 1000000ull);

@@ -43,8 +43,8 @@ static uint64_t get(struct fixture *f, uint64_t gpa, unsigned size)
 	return value;
 }
 
-static void desc_at(struct fixture *f, uint64_t table, unsigned i, uint64_t addr, uint32_t len, unsigned flags,
-	unsigned next)
+static void desc_at(
+	struct fixture *f, uint64_t table, unsigned i, uint64_t addr, uint32_t len, unsigned flags, unsigned next)
 {
 	put(f, table + 16 * i, addr, 8);
 	put(f, table + 16 * i + 8, len, 4);
@@ -79,8 +79,12 @@ static int set_up(void **state)
 	struct fixture *f = calloc(1, sizeof(*f));
 
 	assert_int_equal(memory_create(&f->memory, MEMORY, &f->err), 0);
-	f->q = (struct virtq){ .memory = &f->memory, .size = SIZE, .desc_gpa = DESC, .avail_gpa = AVAIL,
-		.used_gpa = USED, .indirect = true };
+	f->q = (struct virtq){.memory = &f->memory,
+		.size = SIZE,
+		.desc_gpa = DESC,
+		.avail_gpa = AVAIL,
+		.used_gpa = USED,
+		.indirect = true};
 	start(f);
 	*state = f;
 	return 0;
@@ -100,7 +104,7 @@ static int tear_down(void **state)
 static void test_chain_is_read_and_written(void **state)
 {
 	struct fixture *f = *state;
-	char text[16] = { 0 };
+	char text[16] = {0};
 
 	desc(f, 2, DATA, 5, NEXT, 5);
 	desc(f, 5, DATA + 0x100, 6, NEXT, 0);
@@ -311,21 +315,21 @@ static void test_bad_rings(void **state)
 		uint16_t size;
 		const char *word;
 	} bad[] = {
-		{ DESC, AVAIL, USED, 0, "size" },
-		{ DESC, AVAIL, USED, 3, "size" },
-		{ DESC, AVAIL, USED, 2048, "size" },
-		{ DESC, AVAIL, USED, 0xffff, "size" },
-		{ DESC + 8, AVAIL, USED, SIZE, "aligned" },
-		{ DESC, AVAIL + 1, USED, SIZE, "aligned" },
-		{ DESC, AVAIL, USED + 2, SIZE, "aligned" },
-		{ MEMORY, AVAIL, USED, SIZE, "descriptor table" },
-		{ MEMORY - 16 * (SIZE - 1), AVAIL, USED, SIZE, "descriptor table" },
-		{ DESC, MEMORY - 4 - 2 * SIZE, USED, SIZE, "available ring" },
-		{ DESC, AVAIL, MEMORY - 4 - 8 * SIZE, SIZE, "used ring" },
-		{ -16ull, AVAIL, USED, SIZE, "descriptor table" },
-		{ DESC, -2ull, USED, SIZE, "available ring" },
-		{ DESC, AVAIL, -4ull, SIZE, "used ring" },
-		{ 0xc0000000ull, AVAIL, USED, SIZE, "descriptor table" },
+		{DESC, AVAIL, USED, 0, "size"},
+		{DESC, AVAIL, USED, 3, "size"},
+		{DESC, AVAIL, USED, 2048, "size"},
+		{DESC, AVAIL, USED, 0xffff, "size"},
+		{DESC + 8, AVAIL, USED, SIZE, "aligned"},
+		{DESC, AVAIL + 1, USED, SIZE, "aligned"},
+		{DESC, AVAIL, USED + 2, SIZE, "aligned"},
+		{MEMORY, AVAIL, USED, SIZE, "descriptor table"},
+		{MEMORY - 16 * (SIZE - 1), AVAIL, USED, SIZE, "descriptor table"},
+		{DESC, MEMORY - 4 - 2 * SIZE, USED, SIZE, "available ring"},
+		{DESC, AVAIL, MEMORY - 4 - 8 * SIZE, SIZE, "used ring"},
+		{-16ull, AVAIL, USED, SIZE, "descriptor table"},
+		{DESC, -2ull, USED, SIZE, "available ring"},
+		{DESC, AVAIL, -4ull, SIZE, "used ring"},
+		{0xc0000000ull, AVAIL, USED, SIZE, "descriptor table"},
 	};
 
 	for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
@@ -483,7 +487,7 @@ static void test_index_jumps(void **state)
 	assert_int_equal(next(f), -EINVAL);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -504,5 +508,7 @@ int main(void)
 		TEST(test_index_jumps),
 	};
 
+	if (argc > 1)
+		cmocka_set_test_filter(argv[1]);
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
