@@ -680,8 +680,6 @@ void generate_case(const struct generator *g, uint64_t number, struct test_case 
 	t->image = rng_below(r, BACKGROUND_IMAGES);
 	b.sequence = !g->single && rng_chance(r, 2);
 	state_randomize(&t->state, r);
-	if (!t->ring0 && rng_chance(r, 128))
-		t->state.rflags |= 1 << 18; /* AC: alignment checks */
 	t->code_address = t->state.rip = pick_code_address(&b);
 	if (!rng_chance(r, 10))
 		set_register(&b, RSP,

@@ -179,6 +179,7 @@ static void set_segments(struct guest *guest, const struct test_case *t)
 	s[ENGINE_SS] = (struct engine_segment){0, 0xffffffff, t->ring0 ? 0x18 : 0x2b, DATA | dpl << SEGMENT_DPL_SHIFT};
 	for (unsigned i = 0; i < 2; i++)
 		s[i ? ENGINE_ES : ENGINE_DS] = (struct engine_segment){0, 0xffffffff, 0, DATA | 3 << SEGMENT_DPL_SHIFT};
+	s[ENGINE_TR] = (struct engine_segment){.limit = 0x66, .attributes = 0x8b}; /* no room for a port bitmap */
 	s[ENGINE_FS] = (struct engine_segment){t->state.fs_base, 0xffffffff, 0, DATA | 3 << SEGMENT_DPL_SHIFT};
 	s[ENGINE_GS] = (struct engine_segment){t->state.gs_base, 0xffffffff, 0, DATA | 3 << SEGMENT_DPL_SHIFT};
 }

@@ -29,6 +29,7 @@ bool insn_decode(struct insn *i, uint32_t mode, const uint8_t *bytes, unsigned n
 	status = ZydisDecoderDecodeInstruction(decoder, &context, bytes, min(n, 15u), &i->d.insn);
 	if (!ZYAN_SUCCESS(status)) {
 		*more = status == ZYDIS_STATUS_NO_MORE_DATA && n < 15;
+		i->too_long = status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG || (status == ZYDIS_STATUS_NO_MORE_DATA && n >= 15);
 		return false;
 	}
 	ZydisDecoderDecodeOperands(decoder, &context, &i->d.insn, i->d.operands, i->d.insn.operand_count);

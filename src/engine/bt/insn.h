@@ -15,6 +15,7 @@ enum insn_kind {
 struct insn {
 	struct bt_decoded d;
 	uint8_t bytes[15];
+	bool too_long;	/* not decoded: more than 15 bytes */
 	int32_t offset; /* from the start of the page */
 	enum insn_kind kind;
 	uint32_t tested, killed, touched; /* flags: read; surely overwritten; perhaps written */

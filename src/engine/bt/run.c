@@ -154,6 +154,8 @@ static enum next on_fault(struct bt_vcpu *v, struct engine_exit *exit)
 		trace(v, "fault");
 	v->private->statistics[STAT_EXCEPTIONS]++;
 	if (v->vm->stop_on_exception) {
+		if (v->fault.software)
+			v->rip = v->fault.next_rip;
 		exit->vector = v->fault.vector;
 		exit->error_code = v->fault.has_error ? v->fault.error : 0;
 		exit->address = v->cr2;

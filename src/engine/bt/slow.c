@@ -121,8 +121,8 @@ static int segment_of(ZydisRegister segment)
 	return segment == ZYDIS_REGISTER_NONE ? ENGINE_DS : (int)(segment - ZYDIS_REGISTER_ES);
 }
 
-int bt_effective_address(struct bt_vcpu *v, const struct bt_decoded *d, const ZydisDecodedOperand *op, unsigned size,
-	enum bt_access access, uint64_t *linear)
+/* Base, index and displacement, cut to the address size. */
+static uint64_t effective_offset(const struct bt_vcpu *v, const struct bt_decoded *d, const ZydisDecodedOperand *op)
 {
 	uint64_t offset = op->mem.disp.has_displacement ? (uint64_t)op->mem.disp.value : 0;
 
@@ -133,10 +133,14 @@ int bt_effective_address(struct bt_vcpu *v, const struct bt_decoded *d, const Zy
 	if (op->mem.index != ZYDIS_REGISTER_NONE && reg_is_gpr(op->mem.index))
 		offset += bt_register_read(v, op->mem.index) * op->mem.scale;
 	if (d->insn.address_width == 32)
-		offset = (uint32_t)offset;
-	else if (d->insn.address_width == 16)
-		offset = (uint16_t)offset;
-	return linear_of(v, segment_of(op->mem.segment), offset, size, access, linear);
+		return (uint32_t)offset;
+	return d->insn.address_width == 16 ? (uint16_t)offset : offset;
+}
+
+int bt_effective_address(struct bt_vcpu *v, const struct bt_decoded *d, const ZydisDecodedOperand *op, unsigned size,
+	enum bt_access access, uint64_t *linear)
+{
+	return linear_of(v, segment_of(op->mem.segment), effective_offset(v, d, op), size, access, linear);
 }
 
 static bool is_user(const struct bt_vcpu *v)
@@ -535,8 +539,11 @@ static int find_pieces(struct bt_vcpu *v, uint64_t linear, unsigned size, bool w
 		p->host = NULL;
 		p->gpa = UINT64_MAX;
 		if (ours || size > 64) {
-			if (bt_translate_address(v, linear + done, write ? BT_WRITE : BT_READ, is_user(v), &p->gpa))
+			unsigned skip = ours && done < 64 ? (unsigned)__builtin_ctzll(ours) : 0;
+
+			if (bt_translate_address(v, linear + done + skip, write ? BT_WRITE : BT_READ, is_user(v), &p->gpa))
 				return BT_FAULT;
+			p->gpa -= skip;
 			page = memory_page(v->vm->memory, p->gpa, &p->index);
 			p->host = page ? page + (p->gpa & 0xfff) : NULL;
 		}
@@ -619,6 +626,34 @@ static void move_by_bit(struct bt_vcpu *v, const struct bt_decoded *d, uint64_t 
 		*linear = (uint32_t)*linear;
 }
 
+/* Operands that must be aligned to their size: #GP otherwise, before any page fault (SDM volume 1, 4.1.1 and 14.9). */
+static bool requires_alignment(const struct bt_decoded *d, unsigned size)
+{
+	if (size < 16)
+		return false;
+	switch (d->insn.mnemonic) {
+	case ZYDIS_MNEMONIC_CMPXCHG16B:
+	case ZYDIS_MNEMONIC_VMOVAPS:
+	case ZYDIS_MNEMONIC_VMOVAPD:
+	case ZYDIS_MNEMONIC_VMOVDQA:
+	case ZYDIS_MNEMONIC_VMOVDQA32:
+	case ZYDIS_MNEMONIC_VMOVDQA64:
+	case ZYDIS_MNEMONIC_VMOVNTPS:
+	case ZYDIS_MNEMONIC_VMOVNTPD:
+	case ZYDIS_MNEMONIC_VMOVNTDQ:
+	case ZYDIS_MNEMONIC_VMOVNTDQA: return true;
+	case ZYDIS_MNEMONIC_MOVUPS:
+	case ZYDIS_MNEMONIC_MOVUPD:
+	case ZYDIS_MNEMONIC_MOVDQU:
+	case ZYDIS_MNEMONIC_LDDQU:
+	case ZYDIS_MNEMONIC_PCMPESTRI:
+	case ZYDIS_MNEMONIC_PCMPESTRM:
+	case ZYDIS_MNEMONIC_PCMPISTRI:
+	case ZYDIS_MNEMONIC_PCMPISTRM: return false;
+	default: return d->insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && size == 16 && insn_is_floating(&d->insn);
+	}
+}
+
 static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 {
 	const struct bt_decoded *d = &e->i.d;
@@ -626,7 +661,7 @@ static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 	uint64_t linear, enabled = UINT64_MAX, next = v->rip + d->insn.length;
 	struct piece pieces[3];
 	struct bt_block *stub;
-	unsigned size, count;
+	unsigned size, count, first, last;
 	bool write, read, locked;
 	uint8_t *memory;
 
@@ -652,8 +687,21 @@ static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 
 		enabled = ones >= 64 ? UINT64_MAX : (1ull << ones) - 1;
 	}
-	if (bt_effective_address(v, d, op, size, write ? BT_WRITE : BT_READ, &linear))
+	/* Only what the mask lets through counts: the first enabled byte to the last. */
+	first = enabled ? (unsigned)__builtin_ctzll(enabled) : 0;
+	last = enabled == UINT64_MAX || !enabled ? size - 1 : 63 - (unsigned)__builtin_clzll(enabled);
+	if (enabled) {
+		if (linear_of(v, segment_of(op->mem.segment), effective_offset(v, d, op) + first, last - first + 1,
+			write ? BT_WRITE : BT_READ, &linear))
+			return SYSTEM_FAULT;
+		linear -= first;
+	} else {
+		linear = effective_offset(v, d, op);
+	}
+	if (enabled && requires_alignment(d, size) && linear & (size - 1)) {
+		bt_raise_error(v, VECTOR_GP, 0);
 		return SYSTEM_FAULT;
+	}
 	if (e->i.kind == INSN_BITS)
 		move_by_bit(v, d, &linear);
 	if (find_pieces(v, linear, size, write, enabled, pieces, &count))
@@ -864,7 +912,8 @@ static struct slow_entry *fetch(struct bt_vcpu *v)
 		const struct fetch_entry *second;
 
 		if (!more) {
-			bt_raise(v, VECTOR_UD);
+			bt_raise_error(v, e->i.too_long ? VECTOR_GP : VECTOR_UD, 0);
+			v->fault.has_error = e->i.too_long;
 			return NULL;
 		}
 		second = tlb_fetch(v, (linear & ~0xfffull) + BT_PAGE_SIZE);
@@ -873,8 +922,8 @@ static struct slow_entry *fetch(struct bt_vcpu *v)
 		if (second->host)
 			bytes_copy(bytes + have, second->host, 15 - have);
 		if (!insn_decode(&e->i, v->mode, bytes, 15, &more)) {
-			bt_raise_error(v, more ? VECTOR_GP : VECTOR_UD, 0);
-			v->fault.has_error = more;
+			bt_raise_error(v, e->i.too_long ? VECTOR_GP : VECTOR_UD, 0);
+			v->fault.has_error = e->i.too_long;
 			return NULL;
 		}
 	}
@@ -1024,23 +1073,9 @@ enum system_result slow_execute(struct bt_vcpu *v)
 	}
 	case ZYDIS_MNEMONIC_CLD: v->dflag = 0; return and_next(v, d, 0);
 	case ZYDIS_MNEMONIC_STD: v->dflag = 1; return and_next(v, d, 0);
-	case ZYDIS_MNEMONIC_LEA: {
-		const ZydisDecodedOperand *op = &d->operands[1];
-		uint64_t offset = op->mem.disp.has_displacement ? (uint64_t)op->mem.disp.value : 0;
-
-		if (op->mem.base == ZYDIS_REGISTER_RIP || op->mem.base == ZYDIS_REGISTER_EIP)
-			offset += v->rip + d->insn.length;
-		else if (op->mem.base != ZYDIS_REGISTER_NONE)
-			offset += bt_register_read(v, op->mem.base);
-		if (op->mem.index != ZYDIS_REGISTER_NONE)
-			offset += bt_register_read(v, op->mem.index) * op->mem.scale;
-		if (d->insn.address_width == 32)
-			offset = (uint32_t)offset;
-		else if (d->insn.address_width == 16)
-			offset = (uint16_t)offset;
-		bt_register_write(v, d->operands[0].reg.value, offset);
+	case ZYDIS_MNEMONIC_LEA:
+		bt_register_write(v, d->operands[0].reg.value, effective_offset(v, d, &d->operands[1]));
 		return and_next(v, d, 0);
-	}
 	case ZYDIS_MNEMONIC_FXSAVE:
 	case ZYDIS_MNEMONIC_FXSAVE64:
 	case ZYDIS_MNEMONIC_FXRSTOR:

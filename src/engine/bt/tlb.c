@@ -473,6 +473,9 @@ uint64_t bt_slow_access(struct bt_vcpu *v, uint64_t linear)
 			return (uint64_t)(uintptr_t)host + (linear & 0xfff);
 	}
 	find_rip(v, v->resume - 1);
+	/* A misaligned operand may raise #GP, which comes before #PF: slow_execute knows. */
+	if (size >= 16 && linear & (size - 1))
+		masked = true;
 	v->exit_code = fault && !masked ? BT_EXIT_FAULT : BT_EXIT_SLOW;
 	v->exit_argument = 0;
 	return 0;

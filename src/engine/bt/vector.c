@@ -83,6 +83,22 @@ static unsigned vector_number(ZydisRegister reg)
 	return (unsigned)ZydisRegisterGetId(reg);
 }
 
+/* Exception classes without fault suppression (SDM volume 2, 2.8.1). */
+static bool reads_whole_operand(const ZydisDecodedInstruction *d)
+{
+	switch (d->meta.exception_class) {
+	case ZYDIS_EXCEPTION_CLASS_E1NF:
+	case ZYDIS_EXCEPTION_CLASS_E2NF:
+	case ZYDIS_EXCEPTION_CLASS_E3NF:
+	case ZYDIS_EXCEPTION_CLASS_E4NF:
+	case ZYDIS_EXCEPTION_CLASS_E5NF:
+	case ZYDIS_EXCEPTION_CLASS_E6NF:
+	case ZYDIS_EXCEPTION_CLASS_E9NF:
+	case ZYDIS_EXCEPTION_CLASS_E10NF: return true;
+	default: return false;
+	}
+}
+
 uint64_t vector_enabled(struct bt_vcpu *v, const struct bt_decoded *d)
 {
 	unsigned elements, bytes;
@@ -116,7 +132,8 @@ uint64_t vector_enabled(struct bt_vcpu *v, const struct bt_decoded *d)
 		return enabled;
 	}
 	if (d->insn.encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX || d->insn.avx.mask.mode <= ZYDIS_MASK_MODE_DISABLED ||
-		d->insn.avx.mask.reg == ZYDIS_REGISTER_K0 || d->insn.avx.mask.reg == ZYDIS_REGISTER_NONE)
+		d->insn.avx.mask.reg == ZYDIS_REGISTER_K0 || d->insn.avx.mask.reg == ZYDIS_REGISTER_NONE ||
+		reads_whole_operand(&d->insn))
 		return UINT64_MAX;
 	fpu_park(v);
 	enabled = *opmask(v, (unsigned)(d->insn.avx.mask.reg - ZYDIS_REGISTER_K0));
@@ -125,7 +142,9 @@ uint64_t vector_enabled(struct bt_vcpu *v, const struct bt_decoded *d)
 	if (!bytes || elements > 64)
 		return UINT64_MAX;
 	if (d->insn.avx.broadcast.mode != ZYDIS_BROADCAST_MODE_INVALID || elements <= 1) {
-		unsigned lanes = bytes ? d->insn.avx.vector_length / 8u / bytes : 64;
+		/* a scalar goes by mask bit 0; a broadcast is read if any lane wants it */
+		bool broadcast = d->insn.avx.broadcast.mode != ZYDIS_BROADCAST_MODE_INVALID;
+		unsigned lanes = broadcast ? d->insn.avx.vector_length / 8u / bytes : 1;
 
 		return enabled & (lanes >= 64 ? UINT64_MAX : (1ull << max(lanes, 1u)) - 1) ? UINT64_MAX : 0;
 	}
