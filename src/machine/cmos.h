@@ -10,7 +10,7 @@
 
 struct board;
 
-#define CMOS_CENTURY 0x32 /* also named in the FADT */
+#define CMOS_CENTURY 0x32 /* the usual place; the FADT need not name it for years up to 2069 */
 
 struct cmos {
 	struct board *board;

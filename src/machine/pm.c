@@ -11,9 +11,10 @@
 enum { PM1_STATUS = 0, PM1_ENABLE = 2, PM1_CONTROL = 4, PM_TIMER = 8, PM_SIZE = 12 };
 
 /* PM1 status and enable (ACPI 6.4, tables 4.11 and 4.12) */
-enum { TMR = 1 << 0, GLOBAL = 1 << 5, POWER_BUTTON = 1 << 8, WAKE = 1 << 15 };
+enum { TMR = 1 << 0, GLOBAL = 1 << 5, POWER_BUTTON = 1 << 8, RTC = 1 << 10, WAKE = 1 << 15 };
 #define PM1_STATUS_BITS (TMR | GLOBAL | POWER_BUTTON | WAKE)
-#define PM1_ENABLE_BITS (TMR | GLOBAL | POWER_BUTTON)
+/* RTC can be enabled, as kernels insist, but never happens: the clock would set it to wake the machine from sleep. */
+#define PM1_ENABLE_BITS (TMR | GLOBAL | POWER_BUTTON | RTC)
 
 /* PM1 control (table 4.13) */
 enum { SCI_EN = 1 << 0, SLP_TYP_SHIFT = 10, SLP_EN = 1 << 13 };
