@@ -2,7 +2,7 @@
  *
  * A child writes blocks that carry a number that only grows, and reports through a pipe which numbers a flush has made
  * safe. It is killed at a random time; every block must then hold the last number that was safe, or a later one. */
-#include "support.h"
+#include "crash.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -13,8 +13,6 @@
 #include <unistd.h>
 
 #include "base/util.h"
-
-enum { BLOCK = 4096, BLOCKS = 1024, DISK_BYTES = BLOCK * BLOCKS };
 
 static int enter(void **state)
 {
@@ -27,12 +25,6 @@ static int leave(void **state)
 	scratch_leave();
 	return 0;
 }
-
-/* What the parent learns of the child: the block and its new number (0: it is to read as zeroes), or a flush. */
-struct report {
-	uint32_t block, number;
-	enum { BEGUN, FLUSHED } what;
-};
 
 static void tell(int pipe, uint32_t block, uint32_t number, int what)
 {
@@ -76,61 +68,6 @@ static void child(const char *path, int pipe, unsigned seed)
 		}
 		if (result < 0)
 			_exit(2);
-	}
-}
-
-/* Of one block: the number that is safe, and those that may or may not have got there since. */
-struct expectation {
-	uint32_t safe, later[256];
-	unsigned later_count;
-};
-
-static void learn(struct expectation *all, const struct report *r)
-{
-	if (r->what == BEGUN) {
-		struct expectation *e = &all[r->block];
-
-		if (e->later_count == ARRAY_SIZE(e->later))
-			memmove(e->later, e->later + 1, sizeof(e->later[0]) * --e->later_count);
-		e->later[e->later_count++] = r->number;
-		return;
-	}
-	for (unsigned i = 0; i < BLOCKS; i++) {
-		if (all[i].later_count)
-			all[i].safe = all[i].later[all[i].later_count - 1];
-		all[i].later_count = 0;
-	}
-}
-
-static void expect_safe(struct disk *disk, struct expectation *all)
-{
-	static uint32_t data[BLOCK / 4];
-	struct iovec iov = {data, BLOCK};
-
-	for (unsigned i = 0; i < BLOCKS; i++) {
-		struct expectation *e = &all[i];
-		bool torn = false;
-
-		assert_int_equal(disk_readv(disk, (uint64_t)i * BLOCK, &iov, 1), 0);
-		/* A block that was being written when the end came may be partly old and partly new. */
-		for (unsigned k = 0; k < BLOCK / 4; k++) {
-			bool known = data[k] == e->safe;
-
-			for (unsigned l = 0; l < e->later_count && !known; l++)
-				known = data[k] == e->later[l];
-			if (!known)
-				fail_msg("block %u word %u is %u; %u was flushed, %u writes were begun since", i, k,
-					data[k], e->safe, e->later_count);
-			torn |= data[k] != data[0];
-		}
-		assert_false(torn && !e->later_count);
-		e->safe = data[0];
-		e->later_count = 0;
-		if (torn) { /* make it whole, so that the next round knows what to expect */
-			memset(data, 0, sizeof(data));
-			e->safe = 0;
-			assert_int_equal(disk_writev(disk, (uint64_t)i * BLOCK, &iov, 1), 0);
-		}
 	}
 }
 

@@ -1,11 +1,15 @@
 /* qcow2 images of all kinds under random operations, beside a model in memory, with qemu-img as the judge. */
+/* Else <fcntl.h> would rename fallocate to fallocate64, and both are defined here. */
+#undef _FILE_OFFSET_BITS
 #include "support.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <pthread.h>
+#include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base/util.h"
@@ -347,6 +351,97 @@ static void threads(void **state)
 	}
 }
 
+/* All threads write to different parts of the same cluster at the same time, while it is being allocated. */
+struct racer {
+	struct disk *disk;
+	pthread_barrier_t *start;
+	unsigned number, clusters;
+};
+
+static void *race(void *opaque)
+{
+	struct racer *r = opaque;
+	uint8_t data[PART];
+	struct iovec iov = { data, PART };
+
+	memset(data, r->number + 1, PART);
+	for (unsigned c = 0; c < r->clusters; c++) {
+		pthread_barrier_wait(r->start);
+		if (disk_writev(r->disk, c * 65536ull + r->number * PART, &iov, 1) < 0)
+			return "write";
+	}
+	return NULL;
+}
+
+static void same_cluster(void **state)
+{
+	static struct racer racers[THREADS];
+	static uint8_t data[65536], expected[65536];
+	struct iovec iov = { data, sizeof(data) };
+	pthread_t ids[THREADS];
+	pthread_barrier_t start;
+	struct disk *disk;
+
+	run("truncate -s 64M base; qemu-img create -q -f qcow2 -b base -F raw r.qcow2 64M");
+	for (unsigned i = 0; i < THREADS; i++)
+		memset(expected + i * PART, i + 1, PART);
+	pthread_barrier_init(&start, NULL, THREADS);
+	disk = open_disk("r.qcow2", DISK_AUTO, false);
+	for (unsigned i = 0; i < THREADS; i++) {
+		racers[i] = (struct racer){ disk, &start, i, 1000 };
+		assert_int_equal(pthread_create(&ids[i], NULL, race, &racers[i]), 0);
+	}
+	for (unsigned i = 0; i < THREADS; i++) {
+		void *wrong;
+
+		pthread_join(ids[i], &wrong);
+		assert_null(wrong);
+	}
+	for (unsigned c = 0; c < racers[0].clusters; c++) {
+		assert_int_equal(disk_readv(disk, c * sizeof(data), &iov, 1), 0);
+		assert_memory_equal(data, expected, sizeof(data));
+	}
+	close_disk(disk);
+	check_clean("r.qcow2");
+	pthread_barrier_destroy(&start);
+}
+
+/* On a file system without holes, freed clusters keep their old bytes until they are used again. */
+static bool no_holes;
+
+/* Stands before the C library's; the disk library calls it. */
+int fallocate(int fd, int mode, off_t offset, off_t length)
+{
+	if (no_holes) {
+		errno = EOPNOTSUPP;
+		return -1;
+	}
+	return syscall(SYS_fallocate, fd, (long)mode, (long)offset, (long)length);
+}
+
+int fallocate64(int fd, int mode, off64_t offset, off64_t length)
+{
+	return fallocate(fd, mode, offset, length);
+}
+
+static void without_holes(void **state)
+{
+	no_holes = true;
+	random_seed(800);
+	run("qemu-img create -q -f qcow2 h.qcow2 4M; qemu-img create -q -f qcow2 -o cluster_size=2M h2.qcow2 20M; "
+	    "truncate -s 4M h.raw");
+	ordeal("h.qcow2", 3, 120);
+	ordeal("h2.qcow2", 3, 120);
+
+	struct modelled m;
+
+	modelled_open(&m, "h.raw", DISK_RAW);
+	modelled_steps(&m, 200);
+	modelled_judge(&m);
+	modelled_close(&m);
+	no_holes = false;
+}
+
 int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
@@ -361,6 +456,8 @@ int main(int argc, char **argv)
 		cmocka_unit_test(bitmaps),
 		cmocka_unit_test(space),
 		cmocka_unit_test(threads),
+		cmocka_unit_test(same_cluster),
+		cmocka_unit_test(without_holes),
 	};
 
 	if (argc > 1) /* one test by name */
