@@ -201,13 +201,15 @@ static const struct {
 	{"reg_file_data_sampling", 27}, /* RFDS_NO */
 };
 
-/* The hypervisor leaves. KVM's signature with no feature but NOP_IO_DELAY: Linux uses x2APIC without an interrupt
- * remapper only under a hypervisor that it knows, and x2APIC costs one WRMSR where xAPIC costs a trapped store; it
- * finds no paravirtual clock offered, and runs on the TSC, which is constant, non-stop and has TSC_ADJUST, hence no
- * watchdog. */
+/* The hypervisor leaves, under KVM's signature. Linux uses x2APIC without an interrupt remapper only under a hypervisor
+ * that it knows, and x2APIC costs one WRMSR where xAPIC costs a trapped store. From KVM's clock (bt/paravirt.c) it
+ * takes the TSC's rate instead of measuring it, on AMD CPUs too; since the TSC is constant, non-stop and has
+ * TSC_ADJUST, it then is the clock source, without a watchdog. */
 #define HYPERVISOR_BASE 0x40000000u
 #define HYPERVISOR_MAX 0x40000010u
 #define KVM_FEATURE_NOP_IO_DELAY (1u << 1)
+#define KVM_FEATURE_CLOCKSOURCE2 (1u << 3)
+#define KVM_FEATURE_CLOCKSOURCE_STABLE (1u << 24)
 #define APIC_BUS_KHZ 1000000u
 
 struct cpu_models {
@@ -276,6 +278,7 @@ static void tsc_ratio(struct cpu_model *m, uint64_t hz)
 	m->tsc_ratio[0] = (uint32_t)d1;
 	m->tsc_ratio[1] = (uint32_t)n1;
 	m->tsc_khz = (uint32_t)(hz / 1000);
+	m->tsc_hz = hz;
 }
 
 /* XCR0 and the standard format's offsets; those of the architecture are the same on every CPU that has a component. */
@@ -646,7 +649,7 @@ void cpu_model_cpuid(
 		out[2] = 0x564b4d56;
 		out[3] = 0x4d;
 	} else if (leaf == HYPERVISOR_BASE + 1) {
-		out[0] = KVM_FEATURE_NOP_IO_DELAY;
+		out[0] = KVM_FEATURE_NOP_IO_DELAY | KVM_FEATURE_CLOCKSOURCE2 | KVM_FEATURE_CLOCKSOURCE_STABLE;
 	} else if (leaf == HYPERVISOR_MAX) {
 		out[0] = model->tsc_khz;
 		out[1] = APIC_BUS_KHZ;

@@ -80,6 +80,7 @@ struct cpu_model {
 	uint32_t legacy_cache[8];	  /* leaves 8000_0005 and 8000_0006 */
 	uint32_t descriptors[4];	  /* leaf 2 */
 	uint32_t tlb_1g[2];		  /* EAX, EBX of leaf 8000_0019 */
+	uint64_t tsc_hz;
 	uint32_t tsc_ratio[2], tsc_khz;	  /* leaf 0x15: denominator and numerator to the 1 GHz APIC clock */
 };
 

@@ -273,7 +273,8 @@ int msr_read(struct bt_vcpu *v, uint32_t msr, uint64_t *value)
 		*value = v->sfmask;
 		return 0;
 	}
-	if (read_common(v, msr, value) || (is_amd(v) ? read_amd(v, msr, value) : read_intel(v, msr, value)))
+	if (read_common(v, msr, value) || paravirt_read(v, msr, value) ||
+		(is_amd(v) ? read_amd(v, msr, value) : read_intel(v, msr, value)))
 		return 0;
 	return msr_unknown(v);
 }
@@ -420,10 +421,12 @@ int msr_write(struct bt_vcpu *v, uint32_t msr, uint64_t value)
 		value -= bt_tsc(v);
 		v->tsc_offset += value;
 		v->tsc_adjust += value;
+		paravirt_tsc_moved(v);
 		return 0;
 	case MSR_TSC_ADJUST:
 		v->tsc_offset += value - v->tsc_adjust;
 		v->tsc_adjust = value;
+		paravirt_tsc_moved(v);
 		return 0;
 	case MSR_TSC_AUX:
 		if (value >> 32)
@@ -448,7 +451,7 @@ int msr_write(struct bt_vcpu *v, uint32_t msr, uint64_t value)
 		return write_address(v, &v->sysenter_eip, value);
 	}
 	result = write_mtrr(v, msr, value);
-	if (result <= 0)
+	if (result <= 0 || paravirt_write(v, msr, value, &result))
 		return result;
 	if (write_common(v, msr, value) || (is_amd(v) ? write_amd(msr, value) : write_intel(v, msr, value)))
 		return 0;
@@ -471,6 +474,7 @@ void msr_reset(struct bt_vcpu *v)
 	 * differ between them. */
 	v->tsc_offset -= v->tsc_adjust;
 	v->tsc_adjust = 0;
+	v->pv_system_time = v->pv_wall_clock = 0;
 	for (unsigned i = 0; i < ARRAY_SIZE(v->mtrr_fixed); i++)
 		v->mtrr_fixed[i] = i == 2 ? 0 : write_back;
 	for (unsigned i = 0; i < MTRR_VARIABLE; i++)

@@ -135,6 +135,7 @@ struct bt_vcpu {
 	uint64_t star, lstar, cstar, sfmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, pat, tsc_aux;
 	uint64_t mtrr_def_type, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8], misc_enable, spec_ctrl;
 	uint64_t tsc_adjust, unknown_msrs; /* unknown_msrs: accesses refused with #GP */
+	uint64_t pv_system_time, pv_wall_clock; /* MSRs of KVM's clock (paravirt.c) */
 	struct bt_fault fault;
 	bool halted, triple_fault;
 

@@ -18,6 +18,14 @@ void fpu_park(struct bt_vcpu *v)
 	fake.parks++;
 }
 
+bool memory_write(struct guest_memory *memory, uint64_t gpa, const void *from, uint64_t len)
+{
+	if (gpa >= FAKE_MEMORY || len > FAKE_MEMORY - gpa)
+		return false;
+	memcpy(fake.memory + gpa, from, len);
+	return true;
+}
+
 void fpu_unpark(struct bt_vcpu *v)
 {
 }

@@ -1,4 +1,6 @@
 /* Instructions one by one: segments, far transfers, flags, control registers, MSRs, ports. */
+#include <time.h>
+
 #include "fake.h"
 
 static void test_segment_loads(void **state)
@@ -489,6 +491,37 @@ static void test_msr_round_trips(void **state)
 	assert_fault(wrmsr(0x1a0, 1), VECTOR_GP, 0);
 }
 
+/* Nanoseconds as a guest computes them from the page at 0x6000. */
+static uint64_t kvm_clock(void)
+{
+	uint64_t ticks = bt_tsc(fake.v) - peek(0x6008, 8);
+
+	assert_int_equal(peek(0x6000, 4) & 1, 0);
+	return peek(0x6010, 8) + (uint64_t)((unsigned __int128)(ticks << peek(0x601c, 1)) * peek(0x6018, 4) >> 32);
+}
+
+static void test_kvm_clock(void **state)
+{
+	struct bt_vcpu *v = fake_long(0);
+	uint64_t before;
+
+	fake.tsc = 2596120000ull * 100; /* fake.c's TSC: 100 s */
+	assert_int_equal(wrmsr(0x4b564d01, 0x6001), SYSTEM_DONE);
+	assert_int_equal(rdmsr(0x4b564d01), 0x6001);
+	before = kvm_clock();
+	assert_in_range(before, 100000000000 - 100, 100000000000);
+	/* the rate as Linux takes it */
+	assert_int_equal((1000000ull << 32) / peek(0x6018, 4) >> peek(0x601c, 1), 2596120);
+	assert_int_equal(wrmsr(0x10, 5), SYSTEM_DONE); /* setting the TSC does not move the clock */
+	assert_int_equal(kvm_clock(), before);
+	assert_int_equal(wrmsr(0x4b564d00, 0x7000), SYSTEM_DONE);
+	assert_in_range(peek(0x7004, 4) + 100, time(NULL) - 2, time(NULL) + 2);
+	assert_fault(wrmsr(0x4b564d01, FAKE_MEMORY | 1), VECTOR_GP, 0);
+	assert_int_equal(wrmsr(0x4b564d01, 0), SYSTEM_DONE);
+	system_reset(v, false);
+	assert_int_equal(v->pv_system_time, 0);
+}
+
 static void test_bases(void **state)
 {
 	struct bt_vcpu *v = fake_long(0);
@@ -629,6 +662,7 @@ const struct CMUnitTest instruction_tests[] = {
 	cmocka_unit_test(test_control),
 	cmocka_unit_test(test_flags),
 	cmocka_unit_test(test_msr_round_trips),
+	cmocka_unit_test(test_kvm_clock),
 	cmocka_unit_test(test_bases),
 	cmocka_unit_test(test_ports),
 	cmocka_unit_test(test_invalidation),
