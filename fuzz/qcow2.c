@@ -17,7 +17,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 /* Small offsets, those around the boundaries of clusters and tables, and the end of the disk. */
 static uint64_t place(uint64_t size, unsigned i, uint64_t length)
 {
-	static const uint64_t around[] = { 0, 512, 4096, 32768, 65536, 262144, 1 << 20, 2 << 20, 512 << 20 };
+	static const uint64_t around[] = {0, 512, 4096, 32768, 65536, 262144, 1 << 20, 2 << 20, 512 << 20};
 	uint64_t offset = i < ARRAY_SIZE(around) ? around[i] : size / 512 / (i - ARRAY_SIZE(around) + 1) * 512;
 
 	return min(offset, size - length);
@@ -27,7 +27,7 @@ static void use(struct disk *disk)
 {
 	static uint8_t buffer[PIECE], back[PIECE];
 	uint64_t size = disk_size(disk), length = min(size, (uint64_t)PIECE);
-	struct iovec iov = { buffer, length }, read_back = { back, length };
+	struct iovec iov = {buffer, length}, read_back = {back, length};
 
 	for (unsigned i = 0; i < 14; i++) {
 		uint64_t offset = place(size, i, length);
@@ -40,7 +40,8 @@ static void use(struct disk *disk)
 			if (disk_writev(disk, offset, &iov, 1) < 0 || disk_readv(disk, offset, &read_back, 1) < 0)
 				break;
 			if (memcmp(buffer, back, length) != 0) {
-				fprintf(stderr, "what was written at 0x%llx is not what is read\n", (unsigned long long)offset);
+				fprintf(stderr, "what was written at 0x%llx is not what is read\n",
+					(unsigned long long)offset);
 				abort();
 			}
 			break;
@@ -60,8 +61,8 @@ static void use(struct disk *disk)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	scope_fd int fd = memfd_create("fuzz", MFD_CLOEXEC);
-	struct disk_options options = { .format = DISK_QCOW2 };
-	struct error err = { 0 };
+	struct disk_options options = {.format = DISK_QCOW2};
+	struct error err = {0};
 	struct disk *disk;
 	char path[64];
 

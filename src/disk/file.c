@@ -237,5 +237,11 @@ int image_file_discard(struct image_file *file, uint64_t offset, uint64_t length
 
 int image_file_sync(struct image_file *file)
 {
-	return fdatasync(file->fd) < 0 ? -errno : 0;
+	int result = atomic_load(&file->sync_failed);
+
+	if (result == 0 && fdatasync(file->fd) < 0) {
+		result = -errno;
+		atomic_store(&file->sync_failed, result);
+	}
+	return result;
 }

@@ -17,6 +17,7 @@ struct image_file {
 	ino_t inode;
 	/* What the file system turned out not to offer, so that it is not asked again. */
 	atomic_bool no_punch, no_zero_range;
+	atomic_int sync_failed; /* -errno of the first failed sync */
 };
 
 /* Opens and locks. On failure nothing is left open; image_file_close may be called all the same. */
@@ -37,4 +38,6 @@ int image_file_write(struct image_file *file, uint64_t offset, const void *data,
 int image_file_zero(struct image_file *file, uint64_t offset, uint64_t length, bool unmap);
 /* Frees the space where the file system can; else nothing happens. */
 int image_file_discard(struct image_file *file, uint64_t offset, uint64_t length);
+/* Once it failed, it fails for good: the kernel tells of lost pages once, and a second try would succeed without them.
+ */
 int image_file_sync(struct image_file *file);

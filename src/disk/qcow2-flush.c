@@ -107,8 +107,8 @@ static int write_tables(struct qcow2 *q, const struct write_back *w)
 		result = image_file_write(
 			file, c->offset + c->dirty_from, c->data + c->dirty_from, c->dirty_to - c->dirty_from);
 	}
-	/* No sync between the two: a new L2 table was written as a whole when it was made, and is on the disk by now. If the
-	 * L1 table gets there first, it leads to what the table said before. */
+	/* No sync between the two: a new L2 table was written as a whole when it was made, and is on the disk by now.
+	 * If the L1 table gets there first, it leads to what the table said before. */
 	if (result == 0 && w->l1.entry)
 		result = write_root(q, &w->l1);
 	if (result == 0 && (w->l1.entry || w->count))

@@ -1,5 +1,5 @@
-/* System calls that fail, any of them and at any moment: the guest sees an error, loses nothing that it was not told of,
- * and the image stays whole. */
+/* System calls that fail, any of them and at any moment: the guest sees an error, loses nothing that it was not told
+ * of, and the image stays whole. */
 
 /* Else <sys/uio.h> would rename pwritev to pwritev64, and both are defined here. */
 #undef _FILE_OFFSET_BITS
@@ -31,6 +31,7 @@ static int leave(void **state)
 static unsigned one_in; /* 0: none fails */
 static int failure;
 static unsigned failures;
+static bool sync_fails;
 
 static bool fails(void)
 {
@@ -70,7 +71,10 @@ ssize_t preadv64(int fd, const struct iovec *iov, int count, off64_t offset)
 
 int fdatasync(int fd)
 {
-	return fails() ? -1 : 0;
+	if (!sync_fails)
+		return 0;
+	errno = EIO;
+	return -1;
 }
 
 /* ---- the test ---- */
@@ -81,7 +85,7 @@ enum { SECTORS = 8192 };
 static void settle(struct disk *disk, uint32_t *model, unsigned first, unsigned count, uint32_t new, bool failed)
 {
 	static uint32_t data[SECTORS * 128];
-	struct iovec iov = { data, count * 512 };
+	struct iovec iov = {data, count * 512};
 	unsigned keep = one_in;
 
 	one_in = 0;
@@ -93,7 +97,8 @@ static void settle(struct disk *disk, uint32_t *model, unsigned first, unsigned 
 		for (unsigned k = 1; k < 128; k++)
 			assert_int_equal(data[i * 128 + k], found);
 		if (found != new && !(failed && found == model[first + i]))
-			fail_msg("sector %u holds %u, not %u%s", first + i, found, new, failed ? " nor what it had" : "");
+			fail_msg("sector %u holds %u, not %u%s", first + i, found, new,
+				failed ? " nor what it had" : "");
 		model[first + i] = found;
 	}
 }
@@ -102,7 +107,7 @@ static void step(struct disk *disk, uint32_t *model, uint32_t number)
 {
 	static uint32_t data[SECTORS * 128];
 	unsigned count = 1 + random_below(random_below(4) ? 40 : 600), first = random_below(SECTORS - count + 1);
-	struct iovec iov[2] = { { data, 512 }, { data + 128, (count - 1) * 512 } };
+	struct iovec iov[2] = {{data, 512}, {data + 128, (count - 1) * 512}};
 	unsigned kind = random_below(10);
 	int result;
 
@@ -136,14 +141,15 @@ static void ordeal(const char *create, int error)
 	failures = 0;
 	for (unsigned round = 0; round < 10; round++) {
 		struct disk *disk = open_disk("e.qcow2", DISK_QCOW2, false);
-		struct error err = { 0 };
+		struct error err = {0};
 		int status;
 
 		one_in = 4 + 8 * round;
 		for (unsigned i = 0; i < 80; i++)
 			step(disk, model, number++);
 		one_in = 0;
-		/* All that was not told to have failed is there after a flush that works, also after those that did not. */
+		/* All that was not told to have failed is there after a flush that works, also after those that did
+		 * not. */
 		assert_int_equal(disk_flush(disk), 0);
 		settle(disk, model, 0, SECTORS, UINT32_MAX, true);
 		if (disk_close(disk, &err) < 0)
@@ -181,8 +187,8 @@ static void failing_calls(void **state)
 static void failing_close(void **state)
 {
 	static uint8_t data[65536];
-	struct iovec iov = { data, sizeof(data) };
-	struct error err = { 0 };
+	struct iovec iov = {data, sizeof(data)};
+	struct error err = {0};
 	struct disk *disk;
 
 	run("qemu-img create -q -f qcow2 c.qcow2 4M");
@@ -196,11 +202,38 @@ static void failing_close(void **state)
 	check_clean("c.qcow2");
 }
 
+/* The kernel forgets about pages that it could not write once it has told so: no later flush may claim that they are
+ * safe. */
+static void failing_sync(void **state)
+{
+	static const char *const formats[] = {"qcow2", "raw"};
+
+	for (size_t i = 0; i < ARRAY_SIZE(formats); i++) {
+		static uint8_t data[65536];
+		struct iovec iov = {data, sizeof(data)};
+		struct error err = {0};
+		struct disk *disk;
+
+		run("qemu-img create -q -f %s s.img 4M", formats[i]);
+		disk = open_disk("s.img", DISK_AUTO, false);
+		assert_int_equal(disk_writev(disk, 0, &iov, 1), 0);
+		sync_fails = true;
+		assert_int_equal(disk_flush(disk), -EIO);
+		sync_fails = false;
+		assert_int_equal(disk_flush(disk), -EIO);
+		assert_int_equal(disk_close(disk, &err), -EIO);
+		close_disk(open_disk("s.img", DISK_AUTO, false));
+		if (i == 0)
+			check_clean("s.img");
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(failing_calls),
 		cmocka_unit_test(failing_close),
+		cmocka_unit_test(failing_sync),
 	};
 
 	return cmocka_run_group_tests(tests, enter, leave);

@@ -1,6 +1,6 @@
 /* The host loses power at any moment: of what was written since the last sync any part may be missing on the disk. The
- * system calls that change the image are recorded with their data; an image as it could be after a loss of power is made
- * of all that came before the last sync and of a random part of what came after it, sector by sector. */
+ * system calls that change the image are recorded with their data; an image as it could be after a loss of power is
+ * made of all that came before the last sync and of a random part of what came after it, sector by sector. */
 /* Else <sys/uio.h> would rename pwritev to pwritev64, and both are defined here. */
 #undef _FILE_OFFSET_BITS
 #include "crash.h"
@@ -47,7 +47,7 @@ static struct event *add_event(int kind)
 		event_room = event_room ? event_room * 2 : 1024;
 		events = realloc(events, event_room * sizeof(*events));
 	}
-	events[event_count] = (struct event){ .kind = kind };
+	events[event_count] = (struct event){.kind = kind};
 	return &events[event_count++];
 }
 
@@ -111,7 +111,7 @@ int fallocate64(int fd, int mode, off64_t offset, off64_t length)
 
 static void report(uint32_t block, uint32_t number, int what)
 {
-	add_event(REPORT)->report = (struct report){ block, number, what };
+	add_event(REPORT)->report = (struct report){block, number, what};
 }
 
 static void live(struct disk *disk, uint32_t *number, unsigned steps)
@@ -119,9 +119,10 @@ static void live(struct disk *disk, uint32_t *number, unsigned steps)
 	static uint32_t data[BLOCK / 4 * 16];
 
 	while (steps--) {
-		unsigned count = 1 + random_below(16), first = random_below(BLOCKS - count + 1), kind = random_below(16);
+		unsigned count = 1 + random_below(16), first = random_below(BLOCKS - count + 1),
+			 kind = random_below(16);
 		uint64_t offset = (uint64_t)first * BLOCK, length = count * BLOCK;
-		struct iovec iov = { data, length };
+		struct iovec iov = {data, length};
 		uint32_t n = kind < 11 ? ++*number : 0;
 
 		for (unsigned i = 0; i < length / 4; i++)
@@ -153,7 +154,8 @@ static void apply(int fd, const struct event *e, bool in_part)
 
 		if (e->data || e->offset + at < (uint64_t)status.st_size) {
 			if (random_below(3) < chance)
-				assert_int_equal(syscall(SYS_pwrite64, fd, e->data ? e->data + at : zeroes, part, e->offset + at),
+				assert_int_equal(syscall(SYS_pwrite64, fd, e->data ? e->data + at : zeroes, part,
+							 e->offset + at),
 					part);
 			/* The file's length is recorded beside the data: it may have grown without it. */
 			else if (e->data && random_below(2))
@@ -235,7 +237,8 @@ static void power_loss(void **state)
 		"qemu-img create -q -f qcow2 -o cluster_size=512,refcount_bits=64 start.qcow2 4M",
 		"qemu-img create -q -f qcow2 -o cluster_size=4k,compat=0.10 start.qcow2 4M",
 		"truncate -s 4M base; qemu-img create -q -f qcow2 -b base -F raw start.qcow2",
-		"truncate -s 4M base; qemu-img convert -c -O qcow2 base start.qcow2; qemu-img snapshot -c s start.qcow2",
+		"truncate -s 4M base; qemu-img convert -c -O qcow2 base start.qcow2; qemu-img snapshot -c s "
+		"start.qcow2",
 	};
 	const char *lives = getenv("POWER_LIVES");
 
@@ -246,7 +249,7 @@ static void power_loss(void **state)
 
 int main(void)
 {
-	const struct CMUnitTest tests[] = { cmocka_unit_test(power_loss) };
+	const struct CMUnitTest tests[] = {cmocka_unit_test(power_loss)};
 
 	return cmocka_run_group_tests(tests, enter, leave);
 }

@@ -362,7 +362,7 @@ static void *race(void *opaque)
 {
 	struct racer *r = opaque;
 	uint8_t data[PART];
-	struct iovec iov = { data, PART };
+	struct iovec iov = {data, PART};
 
 	memset(data, r->number + 1, PART);
 	for (unsigned c = 0; c < r->clusters; c++) {
@@ -377,7 +377,7 @@ static void same_cluster(void **state)
 {
 	static struct racer racers[THREADS];
 	static uint8_t data[65536], expected[65536];
-	struct iovec iov = { data, sizeof(data) };
+	struct iovec iov = {data, sizeof(data)};
 	pthread_t ids[THREADS];
 	pthread_barrier_t start;
 	struct disk *disk;
@@ -388,7 +388,7 @@ static void same_cluster(void **state)
 	pthread_barrier_init(&start, NULL, THREADS);
 	disk = open_disk("r.qcow2", DISK_AUTO, false);
 	for (unsigned i = 0; i < THREADS; i++) {
-		racers[i] = (struct racer){ disk, &start, i, 1000 };
+		racers[i] = (struct racer){disk, &start, i, 1000};
 		assert_int_equal(pthread_create(&ids[i], NULL, race, &racers[i]), 0);
 	}
 	for (unsigned i = 0; i < THREADS; i++) {
