@@ -181,7 +181,7 @@ struct engine;
 extern const struct engine engine_native; /* stand-in: the oracle behind the engine interface */
 struct cpu_model;
 int guest_create(struct guest **guest, const struct engine *engine, const struct cpu_model *model,
-	bool one_instruction_blocks, struct error *err);
+	bool one_instruction_blocks, bool exact_flags, struct error *err);
 void guest_destroy(struct guest *guest);
 void guest_execute(
 	struct guest *guest, const struct test_case *t, uint8_t pages[ARENA_PAGES][PAGE_BYTES], struct outcome *out);

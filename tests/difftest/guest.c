@@ -125,14 +125,15 @@ static const struct engine_board no_board = {
 };
 
 int guest_create(struct guest **result, const struct engine *engine, const struct cpu_model *model,
-	bool one_instruction_blocks, struct error *err)
+	bool one_instruction_blocks, bool exact_flags, struct error *err)
 {
 	scope_free struct guest *guest = aligned_alloc(64, align_up(sizeof(*guest), 64));
 	struct engine_config config = {.cpus = 1,
 		.model = model,
 		.board = &no_board,
 		.stop_on_exception = true,
-		.one_instruction_blocks = one_instruction_blocks};
+		.one_instruction_blocks = one_instruction_blocks,
+		.exact_flags = exact_flags};
 	int ret;
 
 	if (!guest)

@@ -149,7 +149,8 @@ void worker_process(struct session *s)
 	struct error err = {0};
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	if (guest_create(&guest, s->options.engine, s->options.model, s->options.one_instruction_blocks, &err)) {
+	if (guest_create(&guest, s->options.engine, s->options.model, s->options.one_instruction_blocks,
+		    !s->options.compare.lax_fault_flags, &err)) {
 		fprintf(stderr, "difftest: %s\n", err.text);
 		_exit(3);
 	}
