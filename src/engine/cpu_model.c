@@ -194,11 +194,12 @@ static const struct {
 	const char *file;
 	unsigned bit;
 } vulnerabilities[] = {
-	{"spec_store_bypass", 4},	/* SSB_NO */
-	{"mds", 5},			/* MDS_NO */
-	{"tsx_async_abort", 8},		/* TAA_NO */
-	{"gather_data_sampling", 26},	/* GDS_NO */
-	{"reg_file_data_sampling", 27}, /* RFDS_NO */
+	{"spec_store_bypass", 4},	   /* SSB_NO */
+	{"mds", 5},			   /* MDS_NO */
+	{"tsx_async_abort", 8},		   /* TAA_NO */
+	{"gather_data_sampling", 26},	   /* GDS_NO */
+	{"reg_file_data_sampling", 27},	   /* RFDS_NO */
+	{"indirect_target_selection", 62}, /* ITS_NO */
 };
 
 /* The hypervisor leaves, under KVM's signature. Linux uses x2APIC without an interrupt remapper only under a hypervisor
