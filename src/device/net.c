@@ -110,15 +110,16 @@ static bool receive(void *opaque, const uint8_t *frame, size_t length)
 	struct virtio_net *n = opaque;
 	struct virtio_queue *q = &n->virtio.queues[RX];
 	struct frame_header header = {.num_buffers = 1};
-	bool mergeable = virtio_has(&n->virtio, F_MRG_RXBUF);
 	size_t sent = 0; /* of the frame */
 	unsigned count = 0;
+	bool mergeable;
 
 	scope_lock(&q->lock);
 	if (!q->running) {
 		n->starved = true;
 		return rx_is_gone(n);
 	}
+	mergeable = virtio_has(&n->virtio, F_MRG_RXBUF);
 	if (virtio_has(&n->virtio, F_GUEST_CSUM) && net_properties(n->net)->checksums_valid)
 		header.flags = HEADER_DATA_VALID;
 	virtq_notify_off(&q->ring);

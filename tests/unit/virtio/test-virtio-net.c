@@ -150,7 +150,8 @@ static bool tx_from_tap(struct fixture *f, unsigned *in_flight)
 	atomic_thread_fence(memory_order_seq_cst);
 	/* with event_idx: was the index that it waits for passed? without: does it want to be told? */
 	bool by_event = d->accepted & VIRTIO_F_EVENT_IDX;
-	uint16_t event = *(volatile uint16_t *)driver_memory(d, q->used + (by_event ? 4 + 8 * q->size : 0), 2);
+	uint16_t *field = driver_memory(d, q->used + (by_event ? 4 + 8 * q->size : 0), 2);
+	uint16_t event = __atomic_load_n(field, __ATOMIC_RELAXED);
 
 	if (by_event ? event == (uint16_t)(q->avail_idx - 1) : !event)
 		driver_notify(d, q);
