@@ -189,7 +189,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 	memcpy(&h, bytes, sizeof(h));
 	bytes += sizeof(h);
 	n -= sizeof(h);
-	h.steps = min(h.steps & 15, n / sizeof(s));
+	h.steps = min((size_t)(h.steps & 15), n / sizeof(s));
 	which = h.device % DEVICES;
 	queues = which == 1 ? 2 : 1;
 

@@ -350,8 +350,7 @@ static void test_odd_frames(void **state)
 	assert_true(came(f));
 }
 
-/* A datagram to a server on the host's loopback, and its answer; then again after a silence that is longer than
- * anything made with yesterday's clock would live. */
+/* A datagram to a server on the host's loopback, and its answer; then again after a silence. */
 static void test_udp_echo(void **state)
 {
 	struct fixture *f = *state;

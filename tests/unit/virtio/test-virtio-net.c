@@ -48,7 +48,7 @@ struct fixture {
 	pthread_t pump;
 	atomic_bool pump_stops;
 	uint8_t merged[TX_BUFFER];
-	unsigned large_frames; /* transmitted */
+	atomic_uint large_frames; /* transmitted */
 };
 
 /* ---- driving ---- */
