@@ -68,7 +68,7 @@ static void options(void **state)
 		print_message("  %s\n", variants[i]);
 		random_seed(100 + i);
 		run("rm -f o.qcow2; qemu-img create -q -f qcow2 o.qcow2 -o %s", variants[i]);
-		ordeal("o.qcow2", 3, 120);
+		ordeal("o.qcow2", 2, 150);
 	}
 }
 
@@ -114,7 +114,7 @@ static void backing(void **state)
 			variants[i].base);
 		run("qemu-img create -q -f qcow2 -b base -F %.5s sub/over.qcow2 %s", variants[i].base,
 			variants[i].overlay);
-		ordeal("sub/over.qcow2", 3, 60);
+		ordeal("sub/over.qcow2", 2, 80);
 		run("cmp sub/base saved"); /* never written */
 	}
 }
