@@ -71,7 +71,8 @@ void net_room(struct net *net)
 
 const struct net_properties *net_properties(const struct net *net)
 {
-	static const struct net_properties properties = {.mtu = 1500, .large_frames = true, .checksums_valid = true};
+	static const struct net_properties properties = {
+		.mtu = 1500, .large_frames = true, .large_frames6 = true, .checksums_valid = true};
 
 	return &properties;
 }

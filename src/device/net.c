@@ -301,7 +301,9 @@ static void describe(struct virtio_net *n, const struct virtio_net_options *opti
 	if (p->mtu)
 		n->virtio.offered |= 1 << F_MTU;
 	if (p->large_frames)
-		n->virtio.offered |= 1 << F_HOST_TSO4 | 1 << F_HOST_TSO6;
+		n->virtio.offered |= 1 << F_HOST_TSO4;
+	if (p->large_frames6)
+		n->virtio.offered |= 1 << F_HOST_TSO6;
 	if (p->checksums_valid)
 		n->virtio.offered |= 1 << F_GUEST_CSUM;
 }

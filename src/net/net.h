@@ -14,7 +14,8 @@ struct net;
 /* What a device may offer its guest with this back end. */
 struct net_properties {
 	unsigned mtu;	      /* what the guest should use; 0: no opinion */
-	bool large_frames;    /* TCP over IPv4 and IPv6 may come in frames of up to 64 KiB, not cut into segments */
+	bool large_frames;    /* TCP over IPv4 may come in frames of up to 64 KiB, not cut into segments */
+	bool large_frames6;   /* likewise over IPv6 */
 	bool checksums_valid; /* frames received have never left this process: their checksums need not be looked at */
 };
 

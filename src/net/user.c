@@ -403,7 +403,13 @@ int net_user_open(struct net **net, const char *options, struct loop *loop, stru
 		signal(SIGPIPE, SIG_IGN);
 	u->net.ops = &user_ops;
 	u->net.loop = loop;
-	u->net.properties = (struct net_properties){.mtu = o.mtu, .large_frames = true, .checksums_valid = true};
+	/* For IPv6 libslirp holds the guest to the MTU, uncut frames included; for IPv4 it does not. */
+	u->net.properties = (struct net_properties){
+		.mtu = o.mtu,
+		.large_frames = true,
+		.large_frames6 = o.mtu == MTU_DEFAULT,
+		.checksums_valid = true,
+	};
 	u->backlog_end = &u->backlog;
 	u->turn.function = turn;
 	u->timeout.function = timed_out;

@@ -30,7 +30,7 @@
 #define TX_SLOTS 32
 #define TRANSFER (100u << 20)
 
-enum { F_CSUM = 0, F_GUEST_CSUM = 1, F_MTU = 3, F_HOST_TSO4 = 11, F_MRG_RXBUF = 15 };
+enum { F_CSUM = 0, F_GUEST_CSUM = 1, F_MTU = 3, F_HOST_TSO4 = 11, F_HOST_TSO6 = 12, F_MRG_RXBUF = 15 };
 
 static const uint8_t mac[6] = {0x52, 0x54, 0, 1, 2, 3};
 
@@ -352,6 +352,63 @@ static void test_transfer_mtu_1500(void **state)
 static void test_transfer_plain(void **state)
 {
 	transfer_test("user,mtu=1500", 1500, 0, TRANSFER / 10, "10 MB, no features");
+}
+
+static int socket6(const char *address, uint16_t *port, bool server)
+{
+	struct sockaddr_in6 in = {.sin6_family = AF_INET6, .sin6_port = htons(*port)};
+	socklen_t length = sizeof(in);
+	int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	inet_pton(AF_INET6, address, &in.sin6_addr);
+	if (!server)
+		return connect(fd, (struct sockaddr *)&in, sizeof(in)) == 0 ? fd : -1;
+	if (bind(fd, (struct sockaddr *)&in, sizeof(in)) < 0 || listen(fd, 1) < 0)
+		return -1;
+	getsockname(fd, (struct sockaddr *)&in, &length);
+	*port = ntohs(in.sin6_port);
+	return fd;
+}
+
+/* IPv6, its segments left uncut where that is allowed. */
+static void test_transfer_ipv6(void **state)
+{
+	static const char *const specs[] = {"user", "user,mtu=1500"};
+
+	for (unsigned i = 0; i < 2; i++) {
+		uint16_t port = 0;
+		int server = socket6("::1", &port, true), client, peer;
+		struct fixture *f;
+
+		if (server < 0) {
+			printf("skipped: no IPv6 on this machine\n");
+			skip();
+		}
+		if (!netns_create())
+			skip();
+		f = user_fixture(specs[i]);
+		start(f, ~0ull, RX_BUFFER, 256);
+		netns_enter();
+		f->tap = netns_tap("guest0", true, NULL, i ? 1500 : 65520, mac);
+		if (!(f->d.offered & 1 << F_HOST_TSO6))
+			assert_int_equal(ioctl(f->tap, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4), 0);
+		assert_int_equal(system("ip -6 addr add fec0::15/64 dev guest0 nodad"), 0);
+		pump_start(f);
+		client = socket6("fec0::2", &port, false);
+		netns_leave();
+		assert_true(client >= 0);
+		peer = accept(server, NULL, NULL);
+		move(client, peer, TRANSFER / 5, "20 MB by IPv6, from the guest");
+		move(peer, client, TRANSFER / 5, "20 MB by IPv6, to the guest");
+		assert_int_equal(f->large_frames > 0, i == 0);
+		pump_stop(f);
+		close(client);
+		close(peer);
+		close(server);
+		close(f->tap);
+		fixture_end(f);
+		netns_destroy();
+	}
 }
 
 /* A port forwarded to a server in the guest; a reset while data flows, and a second life. */
@@ -712,6 +769,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(test_transfer),
 		cmocka_unit_test(test_transfer_mtu_1500),
 		cmocka_unit_test(test_transfer_plain),
+		cmocka_unit_test(test_transfer_ipv6),
 	};
 
 	if (argc > 1)
