@@ -142,11 +142,16 @@ def test_on_reset_exit(how):
 
 @only_hostel
 def test_triple_fault_is_reported():
-    with vm.guest("cloud", "vmlinux", "triple", "reboot=triple") as v:
+    """Reported, and a reset as on real hardware; with --on-reset exit it ends the program with status 1."""
+    with vm.guest("cloud", "vmlinux", "triple", "reboot=triple", arguments=["--on-reset", "exit"]) as v:
         v.expect(r"GUEST TRIPLE", 60)
         status = v.wait(30)
-        if status == 0 or "triple fault" not in v.stderr():
+        if status != 1 or "triple fault" not in v.stderr() or v.stderr().count("\n") != 1:
             v.fail("a triple fault was not reported")
+    with vm.guest("cloud", "vmlinux", "triple", "reboot=triple") as v:
+        v.expect(r"GUEST TRIPLE", 60)
+        v.expect(r"GUEST TRIPLE", 60)
+        assert "triple fault" in v.stderr()
 
 
 def test_panic_reboots_or_stays():

@@ -84,10 +84,11 @@ def test_killed_vm_loses_nothing_that_was_flushed(tmp_path, form):
         raw = disk
         if form != "raw":
             check = subprocess.run(["qemu-img", "check", disk], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            # 3: clusters that were allocated and not yet used; nothing is wrong with the data.
+            # 3: no error, only a cluster that was counted as used a moment before the kill and is referred to by nothing
+            # yet. The order must be so: the other way round the kill would leave a cluster in use that counts as free.
             assert check.returncode in (0, 3), f"qemu-img check: {check.stdout}"
-            if not vm.IS_QEMU:
-                assert check.returncode == 0, f"qemu-img check is not clean: {check.stdout}"
+            leaked = re.search(r"(\d+) leaked clusters", check.stdout)
+            assert int(leaked.group(1) if leaked else 0) <= 3, check.stdout
             raw = tmp_path / "raw"
             subprocess.run(["qemu-img", "convert", "-O", "raw", disk, raw], check=True)
         with open(raw, "rb") as f:
@@ -147,7 +148,7 @@ def test_disk_full_is_an_error_for_the_guest(tmp_path):
         pytest.skip("QEMU stops the guest instead")
     folder = tmp_path / "small"
     folder.mkdir()
-    script = f'mount -t tmpfs -o size=8m small {folder} && truncate -s 64M {folder}/disk && exec "$@"'
+    script = f'mount -t tmpfs -o size=2m small {folder} && truncate -s 64M {folder}/disk && exec "$@"'
     with vm.guest("cloud", "vmlinux", "flush", arguments=["--disk", f"{folder}/disk,format=raw"],
                   prefix=["unshare", "-m", "sh", "-c", script, "sh"]) as v:
         v.expect(r"GUEST READY")

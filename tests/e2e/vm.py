@@ -1,6 +1,7 @@
 """Runs hostel-vmm for a test: the serial console as timestamped lines, input, the way it ended. The environment variable
 VMM names another program with the same command line (tests/tools/qemu-as-hostel)."""
 import codecs
+import fcntl
 import os
 import pathlib
 import pty
@@ -52,8 +53,10 @@ class Vm:
         if terminal:
             self.terminal, inner = pty.openpty()
             self.terminal_before = termios.tcgetattr(inner)
+            # Its controlling terminal too, with the program in the foreground, as under a shell.
             self.process = subprocess.Popen(self.command, stdin=inner, stdout=inner, stderr=self.errors,
-                                            env=environment, start_new_session=True)
+                                            env=environment, start_new_session=True,
+                                            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
             self.inner = inner  # kept open, so that its settings can be read after the program has gone
             self.input = self.terminal
             output = self.terminal
