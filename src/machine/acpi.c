@@ -8,6 +8,7 @@
 #include "base/util.h"
 #include "machine/acpi_tables.h"
 #include "machine/aml.h"
+#include "machine/hotplug_pci.h"
 #include "machine/pci.h"
 
 #define AREA_START 0xe0000ull
@@ -145,6 +146,7 @@ static void describe_pci(struct aml *aml)
 	aml_window_memory(aml, BOARD_PCI_MMIO64_BASE, BOARD_PCI_MMIO64_BASE + BOARD_PCI_MMIO64_SIZE - 1);
 	aml_end_resources(aml, resources);
 	describe_routing(aml);
+	hotplug_pci_describe(aml);
 	aml_end(aml, device);
 }
 
@@ -183,8 +185,20 @@ static void describe_motherboard(struct aml *aml)
 	size_t resources = aml_begin_resources(aml);
 	aml_memory_fixed(aml, BOARD_ECAM_BASE, BOARD_ECAM_SIZE);
 	aml_port(aml, BOARD_PORT_PM_BASE, 12);
+	aml_port(aml, BOARD_PORT_GPE, 4);
+	aml_port(aml, BOARD_PORT_PCI_HOTPLUG, 12);
 	aml_end_resources(aml, resources);
 	aml_end(aml, device);
+}
+
+/* What has happened when a general-purpose event comes (edge-triggered: its status is cleared before). */
+static void describe_events(struct aml *aml)
+{
+	size_t scope = aml_begin_scope(aml, "\\_GPE"), method = aml_begin_method(aml, "_E01", 0);
+
+	aml_path(aml, "\\\x2f\x03_SB_PCI0PCNT");
+	aml_end(aml, method);
+	aml_end(aml, scope);
 }
 
 static void build_dsdt(struct aml *aml, unsigned cpus)
@@ -201,6 +215,8 @@ static void build_dsdt(struct aml *aml, unsigned cpus)
 	describe_clock(aml);
 	describe_motherboard(aml);
 	aml_end(aml, scope);
+
+	describe_events(aml);
 
 	aml_name(aml, "_S5_");
 	size_t sleep = aml_begin_package(aml, 4);
@@ -241,6 +257,8 @@ static int write_fadt(struct area *area, uint64_t dsdt, uint64_t *gpa, struct er
 		.pm1a_event = PM1A_EVENT,
 		.pm1a_control = PM1A_CONTROL,
 		.pm_timer = PM_TIMER,
+		.gpe0 = BOARD_PORT_GPE,
+		.gpe0_length = 4,
 		.pm1_event_length = 4,
 		.pm1_control_length = 2,
 		.pm_timer_length = 4,
@@ -257,6 +275,7 @@ static int write_fadt(struct area *area, uint64_t dsdt, uint64_t *gpa, struct er
 		.x_pm1a_event = port_address(PM1A_EVENT, 32),
 		.x_pm1a_control = port_address(PM1A_CONTROL, 16),
 		.x_pm_timer = port_address(PM_TIMER, 32),
+		.x_gpe0 = port_address(BOARD_PORT_GPE, 32),
 	};
 
 	fadt.x_pm_timer.access = 3;

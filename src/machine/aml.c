@@ -17,7 +17,11 @@ enum {
 	OP_SCOPE = 0x10,
 	OP_BUFFER = 0x11,
 	OP_PACKAGE = 0x12,
+	OP_METHOD = 0x14,
 	OP_EXTENDED = 0x5b,
+	OP_IF = 0xa0,
+	OP_EXTENDED_REGION = 0x80,
+	OP_EXTENDED_FIELD = 0x81,
 	OP_EXTENDED_DEVICE = 0x82,
 };
 
@@ -85,22 +89,32 @@ static void insert(struct aml *aml, size_t position, const uint8_t *bytes, size_
 	memcpy(aml->bytes + position, bytes, n);
 }
 
+/* Numbers of up to 28 bits as package lengths are encoded (section 20.2.4): six bits in one byte, or four and up to
+ * three bytes more. Returns how many bytes there are. */
+static size_t encode_length(uint8_t encoded[4], size_t value)
+{
+	size_t bytes = 1;
+
+	if (value < 64) {
+		encoded[0] = value;
+		return 1;
+	}
+	for (bytes = 2; value >= 16ull << 8 * (bytes - 1);)
+		bytes++;
+	encoded[0] = (bytes - 1) << 6 | (value & 15);
+	for (size_t i = 1; i < bytes; i++)
+		encoded[i] = value >> (4 + 8 * (i - 1));
+	return bytes;
+}
+
 void aml_end(struct aml *aml, size_t begin)
 {
 	size_t body = aml->length - begin, bytes = 1;
 	uint8_t encoded[4];
 
-	/* The package length counts itself (section 20.2.4): six bits in one byte, or four and up to three bytes more.
-	 */
-	if (body + 1 < 64) {
-		encoded[0] = body + 1;
-	} else {
-		for (bytes = 2; body + bytes >= 16ull << 8 * (bytes - 1);)
-			bytes++;
-		encoded[0] = (bytes - 1) << 6 | ((body + bytes) & 15);
-		for (size_t i = 1; i < bytes; i++)
-			encoded[i] = (body + bytes) >> (4 + 8 * (i - 1));
-	}
+	/* It counts itself. */
+	while (encode_length(encoded, body + bytes) != bytes)
+		bytes++;
 	insert(aml, begin, encoded, bytes);
 }
 
@@ -126,6 +140,61 @@ size_t aml_begin_device(struct aml *aml, const char *name)
 
 	append_path(aml, name);
 	return begin;
+}
+
+size_t aml_begin_method(struct aml *aml, const char *name, unsigned arguments)
+{
+	append_byte(aml, OP_METHOD);
+	size_t begin = aml->length;
+
+	append_path(aml, name);
+	append_byte(aml, arguments); /* not serialized, synchronization level 0 */
+	return begin;
+}
+
+size_t aml_begin_if(struct aml *aml)
+{
+	append_byte(aml, OP_IF);
+	return aml->length;
+}
+
+void aml_operator(struct aml *aml, enum aml_operator op)
+{
+	append_byte(aml, op);
+}
+
+void aml_path(struct aml *aml, const char *name)
+{
+	append_path(aml, name);
+}
+
+void aml_port_region(struct aml *aml, const char *name, uint16_t base, uint8_t size)
+{
+	append_byte(aml, OP_EXTENDED);
+	append_byte(aml, OP_EXTENDED_REGION);
+	append_path(aml, name);
+	append_byte(aml, 1); /* SystemIO */
+	aml_integer(aml, base);
+	aml_integer(aml, size);
+}
+
+size_t aml_begin_fields(struct aml *aml, const char *region, unsigned access_bytes)
+{
+	append_byte(aml, OP_EXTENDED);
+	append_byte(aml, OP_EXTENDED_FIELD);
+	size_t begin = aml->length;
+
+	append_path(aml, region);
+	append_byte(aml, access_bytes == 1 ? 1 : access_bytes == 2 ? 2 : 3); /* no lock; other bits are preserved */
+	return begin;
+}
+
+void aml_field(struct aml *aml, const char *name, unsigned bits)
+{
+	uint8_t encoded[4];
+
+	append_path(aml, name);
+	aml_append(aml, encoded, encode_length(encoded, bits));
 }
 
 size_t aml_begin_package(struct aml *aml, uint8_t elements)

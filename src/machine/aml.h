@@ -19,7 +19,39 @@ void aml_append(struct aml *aml, const void *bytes, size_t n);
 size_t aml_begin_scope(struct aml *aml, const char *name);
 size_t aml_begin_device(struct aml *aml, const char *name);
 size_t aml_begin_package(struct aml *aml, uint8_t elements);
+size_t aml_begin_method(struct aml *aml, const char *name, unsigned arguments);
+size_t aml_begin_if(struct aml *aml); /* the predicate is appended next, then what is done */
 void aml_end(struct aml *aml, size_t begin);
+
+/* Code: an operator is followed by its operands, each appended in turn (section 20.2.5). */
+enum aml_operator {
+	AML_LOCAL0 = 0x60,
+	AML_LOCAL1 = 0x61,
+	AML_LOCAL2 = 0x62,
+	AML_LOCAL3 = 0x63,
+	AML_ARG0 = 0x68,
+	AML_ARG1 = 0x69,
+	AML_ARG2 = 0x6a,
+	AML_STORE = 0x70,	/* source, target */
+	AML_ADD = 0x72,		/* operand, operand, target */
+	AML_SHIFT_LEFT = 0x79,	/* operand, count, target */
+	AML_SHIFT_RIGHT = 0x7a, /* operand, count, target */
+	AML_AND = 0x7b,		/* operand, operand, target */
+	AML_OR = 0x7d,		/* operand, operand, target */
+	AML_NOTIFY = 0x86,	/* object, value */
+	AML_EQUAL = 0x93,	/* operand, operand */
+	AML_RETURN = 0xa4,	/* value */
+	AML_NOWHERE = 0x00,	/* as a target: the result is the operator's value only */
+};
+void aml_operator(struct aml *aml, enum aml_operator op);
+/* A name as an operand, target or call (its arguments are appended next), in its encoded form (section 20.2.2): "PCUP",
+ * "\\\x2e_SB_PCI0" for \_SB.PCI0. */
+void aml_path(struct aml *aml, const char *name);
+
+/* Registers in ports: OperationRegion (name, SystemIO, base, size), then Field () with fields in their order. */
+void aml_port_region(struct aml *aml, const char *name, uint16_t base, uint8_t size);
+size_t aml_begin_fields(struct aml *aml, const char *region, unsigned access_bytes); /* 1, 2 or 4 */
+void aml_field(struct aml *aml, const char *name, unsigned bits);
 
 void aml_integer(struct aml *aml, uint64_t value);
 /* Name (name, what is appended next) */

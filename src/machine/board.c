@@ -46,6 +46,8 @@ static int create_chips(struct board *board, struct error *err)
 		ret = serial_create(&board->serial, board, BOARD_PORT_COM1, COM1_IRQ, err);
 	if (!ret)
 		ret = pci_create(&board->pci, board, err);
+	if (!ret)
+		ret = hotplug_pci_create(&board->hotplug_pci, board, err);
 	return ret;
 }
 
@@ -56,11 +58,14 @@ static void reset_chips(struct board *board)
 	pit_reset(&board->pit);
 	cmos_reset(&board->cmos);
 	pm_reset(&board->pm);
+	hotplug_pci_reset(&board->hotplug_pci);
 	i8042_reset(&board->i8042);
 	pic_reset(&board->pic);
 	ioapic_reset(&board->ioapic);
 	for (unsigned i = 0; i < board->config.cpus; i++)
 		lapic_reset(&board->lapics[i], false);
+	if (board->chips)
+		board->chips->reset(board->chips->opaque);
 }
 
 int board_create(struct board **out, const struct board_config *config, struct error *err)
@@ -102,6 +107,7 @@ void board_destroy(struct board *board)
 {
 	if (!board)
 		return;
+	hotplug_pci_destroy(&board->hotplug_pci);
 	pci_destroy(board->pci);
 	serial_destroy(board->serial);
 	i8042_destroy(&board->i8042);
@@ -122,6 +128,12 @@ void board_reset(struct board *board)
 {
 	pci_reset(board->pci);
 	reset_chips(board);
+}
+
+void board_use_chips(struct board *board, const struct board_chips *chips)
+{
+	board->chips = chips;
+	space_use_bells(board->mmio, chips ? chips->bell : NULL, chips ? chips->opaque : NULL);
 }
 
 struct space *board_pio(struct board *board)
@@ -183,6 +195,11 @@ void board_power_button(struct board *board)
 	pm_power_button(&board->pm);
 }
 
+void board_gpe(struct board *board, enum board_gpe gpe)
+{
+	pm_gpe(&board->pm, gpe);
+}
+
 /* ---- interrupts ---- */
 
 void board_line(struct board *board, unsigned gsi, bool level, struct wakeups *w)
@@ -190,6 +207,12 @@ void board_line(struct board *board, unsigned gsi, bool level, struct wakeups *w
 	/* Pin 2 carries the timer (the MADT's override); interrupt 2 of the 8259s is the cascade. */
 	if (gsi == 2)
 		return;
+	if (board->chips) {
+		/* Interrupt 0 is the 8254's, and theirs. */
+		if (gsi)
+			board->chips->irq(board->chips->opaque, gsi, level);
+		return;
+	}
 	if (gsi < 16)
 		pic_line(&board->pic, gsi, level, w);
 	ioapic_line(&board->ioapic, gsi == 0 ? 2 : gsi, level, w);
@@ -217,6 +240,10 @@ void board_msi(struct board *board, uint64_t address, uint32_t data)
 	/* The guest may have given the device any address: what is RAM is written, as a real device would. */
 	if (address >> 20 != MSI_ADDRESS) {
 		memory_write(board->config.memory, address, &data, sizeof(data));
+		return;
+	}
+	if (board->chips) {
+		board->chips->msi(board->chips->opaque, address, data);
 		return;
 	}
 	/* A level-triggered message whose level is 0 is a de-assertion, which nobody waits for. */

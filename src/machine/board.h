@@ -25,7 +25,17 @@
 #define BOARD_PORT_COM1 0x3f8 /* interrupt 4 */
 #define BOARD_PORT_PM_BASE 0x600 /* ACPI: PM1a event 0x600 to 0x603, control 0x604 to 0x605, PM timer 0x608 to 0x60b */
 #define BOARD_PORT_RESET 0xcf9	 /* ACPI reset register: value 6 */
+#define BOARD_PORT_GPE 0x620 /* ACPI: 16 general-purpose events, status 0x620 to 0x621, enable 0x622 to 0x623 */
+#define BOARD_PORT_PCI_HOTPLUG 0x630 /* see hotplug_pci.h; 12 bytes */
 #define BOARD_SCI_IRQ 9
+
+/* General-purpose events: the DSDT's method _Exx of each says what has happened. */
+enum board_gpe {
+	BOARD_GPE_PCI = 1, /* hot plug: a PCI device has come, or is asked to go */
+	BOARD_GPE_CPU = 2,
+	BOARD_GPE_MEMORY = 3,
+	BOARD_GPE_GENERATION = 4, /* VMGENID */
+};
 
 enum board_event {
 	BOARD_EVENT_POWER_OFF, /* ACPI S5 */
@@ -40,6 +50,9 @@ struct board_host {
 	void (*init)(void *opaque, unsigned cpu);		 /* INIT IPI */
 	void (*startup)(void *opaque, unsigned cpu, uint8_t vector); /* SIPI: starts at vector << 12, if waiting */
 	void (*nmi)(void *opaque, unsigned cpu);		 /* NULL: NMIs are dropped */
+	/* The guest has let go of these PCI slots (bit n: slot n); whether or not somebody asked. On a vCPU's thread,
+	 * in the middle of an access: a note, no more. May be NULL. */
+	void (*pci_ejected)(void *opaque, uint32_t slots);
 };
 
 struct board_config {
@@ -49,6 +62,17 @@ struct board_config {
 	const struct board_host *host;
 	uint64_t tsc_hz;			/* the guest's TSC frequency, for TSC deadline timers */
 	uint64_t (*tsc_now)(void *opaque, unsigned cpu); /* the guest's TSC now; any thread; opaque is host->opaque */
+};
+
+/* Interrupt chips that an engine brings along: 8259s, IOAPIC, local APICs and 8254. Any thread may call these. */
+struct board_chips {
+	void *opaque;
+	void (*reset)(void *opaque); /* power-on state, as firmware hands them over; the vCPUs are stopped */
+	void (*irq)(void *opaque, unsigned gsi, bool level);
+	void (*msi)(void *opaque, uint64_t address, uint32_t data);
+	/* Guest writes of any size at gpa only add 1 to that eventfd from now on; on false: no more. A failure (-errno)
+	 * leaves them to the board's space, where they mean the same. */
+	int (*bell)(void *opaque, uint64_t gpa, int fd, bool on);
 };
 
 struct board;
@@ -68,8 +92,20 @@ struct serial *board_serial(struct board *board);
 struct guest_memory *board_memory(struct board *board);
 struct loop *board_loop(struct board *board);
 
+/* From now on these serve instead of the board's own, which stay unused; NULL: the board's own again. The vCPUs are
+ * stopped; devices that are to have bells are attached later. */
+void board_use_chips(struct board *board, const struct board_chips *chips);
+
 /* The guest's ACPI power button is pressed. */
 void board_power_button(struct board *board);
+
+/* Sets a general-purpose event's status: an SCI if the guest has enabled it. */
+void board_gpe(struct board *board, enum board_gpe gpe);
+
+/* PCI hot plug: the guest learns that the device in this slot is new, or that it is asked to let go of it (it answers by
+ * host->pci_ejected, or never). */
+void board_pci_added(struct board *board, unsigned slot);
+void board_pci_ask_removal(struct board *board, unsigned slot);
 
 /* Level of a global system interrupt: 0 to 15 reach both 8259s and the IOAPIC (with the usual override of 0 to 2), 16 to
  * 23 the IOAPIC only. */

@@ -8,6 +8,7 @@
 #include "base/util.h"
 #include "machine/board.h"
 #include "machine/cmos.h"
+#include "machine/hotplug_pci.h"
 #include "machine/i8042.h"
 #include "machine/ioapic.h"
 #include "machine/lapic.h"
@@ -30,6 +31,7 @@ struct wakeups {
 struct board {
 	struct board_config config;
 	struct board_host host;
+	const struct board_chips *chips; /* of the engine; NULL: our own */
 	struct space *pio, *mmio;
 	struct pic pic;
 	struct ioapic ioapic;
@@ -40,6 +42,7 @@ struct board {
 	struct i8042 i8042;
 	struct serial *serial;
 	struct pci_bus *pci;
+	struct hotplug_pci hotplug_pci;
 };
 
 /* board_irq for callers that hold a chip's lock: what the level causes at the host is noted in w. */

@@ -43,7 +43,8 @@ static void update(struct pm *pm, struct wakeups *w)
 		loop_timer_set(loop, &pm->timer, pm->start + scale_up((carries + 1) << 31, NS_PER_SECOND, PM_TIMER_HZ));
 	else
 		loop_timer_cancel(loop, &pm->timer);
-	board_line(pm->board, BOARD_SCI_IRQ, pm->status & pm->enable & PM1_ENABLE_BITS, w);
+	board_line(pm->board, BOARD_SCI_IRQ,
+		(pm->status & pm->enable & PM1_ENABLE_BITS) || (pm->gpe_status & pm->gpe_enable), w);
 }
 
 static void timer_fired(struct loop_timer *timer)
@@ -65,6 +66,48 @@ void pm_power_button(struct pm *pm)
 	{
 		scope_lock(&pm->lock);
 		pm->status |= POWER_BUTTON;
+		update(pm, &w);
+	}
+	board_wake(pm->board, &w);
+}
+
+void pm_gpe(struct pm *pm, unsigned gpe)
+{
+	struct wakeups w = {0};
+
+	{
+		scope_lock(&pm->lock);
+		pm->gpe_status |= 1u << gpe;
+		update(pm, &w);
+	}
+	board_wake(pm->board, &w);
+}
+
+/* Two bytes of status, cleared by writing ones, then two of enables (ACPI 6.4, section 4.8.4.1). */
+static uint64_t gpe_read(struct io_region *region, uint64_t offset, unsigned size)
+{
+	struct pm *pm = container_of(region, struct pm, gpe_region);
+	scope_lock(&pm->lock);
+
+	return (pm->gpe_status | (uint32_t)pm->gpe_enable << 16) >> (8 * offset);
+}
+
+static void gpe_write(struct io_region *region, uint64_t offset, unsigned size, uint64_t value)
+{
+	struct pm *pm = container_of(region, struct pm, gpe_region);
+	struct wakeups w = {0};
+
+	{
+		scope_lock(&pm->lock);
+		for (unsigned i = 0; i < size; i++, value >>= 8) {
+			unsigned shift = (offset + i) & 1 ? 8 : 0;
+			uint16_t bits = (value & 0xff) << shift, keep = 0xff00 >> shift;
+
+			if (offset + i < 2)
+				pm->gpe_status &= ~bits;
+			else
+				pm->gpe_enable = (pm->gpe_enable & keep) | bits;
+		}
 		update(pm, &w);
 	}
 	board_wake(pm->board, &w);
@@ -144,6 +187,7 @@ void board_reset_port_write(struct board *board, uint8_t value)
 }
 
 static const struct io_ops region_ops = {.read = region_read, .write = region_write};
+static const struct io_ops gpe_ops = {.read = gpe_read, .write = gpe_write};
 
 void pm_reset(struct pm *pm)
 {
@@ -151,6 +195,7 @@ void pm_reset(struct pm *pm)
 
 	scope_lock(&pm->lock);
 	pm->status = pm->enable = pm->control = 0;
+	pm->gpe_status = pm->gpe_enable = 0;
 	pm->reset_port = 0;
 	pm->start = clock_now();
 	pm->carries = 0;
@@ -162,7 +207,11 @@ int pm_create(struct pm *pm, struct board *board, struct error *err)
 	pm->board = board;
 	pm->timer.function = timer_fired;
 	pthread_mutex_init(&pm->lock, NULL);
-	return board_add_ports(board, &pm->region, "ACPI PM", &region_ops, BOARD_PORT_PM_BASE, PM_SIZE, err);
+	int ret = board_add_ports(board, &pm->region, "ACPI PM", &region_ops, BOARD_PORT_PM_BASE, PM_SIZE, err);
+
+	if (!ret)
+		ret = board_add_ports(board, &pm->gpe_region, "ACPI GPE", &gpe_ops, BOARD_PORT_GPE, 4, err);
+	return ret;
 }
 
 void pm_destroy(struct pm *pm)
