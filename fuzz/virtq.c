@@ -77,6 +77,24 @@ const struct net_properties *net_properties(const struct net *net)
 	return &properties;
 }
 
+unsigned net_queues(const struct net *net)
+{
+	return 1;
+}
+
+struct net *net_queue(struct net *net, unsigned index)
+{
+	return net;
+}
+
+void net_use_queues(struct net *net, unsigned queues)
+{
+}
+
+void net_set_offloads(struct net *net, struct net_offloads offloads)
+{
+}
+
 /* ---- the machine, made once ---- */
 
 static void set_up(void)

@@ -126,6 +126,21 @@ bool virtio_await(struct virtio_queue *queue)
 	return queue->running && virtq_notify_on(&queue->ring);
 }
 
+void virtio_config_change(struct virtio_device *device, unsigned offset, const void *bytes, unsigned size)
+{
+	bool tell;
+
+	{
+		scope_lock(&device->lock);
+		memcpy(device->config + offset, bytes, size);
+		/* 2.5.1: a driver that reads several fields sees by it that they may not belong together. */
+		device->config_generation++;
+		tell = device->status & VIRTIO_STATUS_DRIVER_OK;
+	}
+	if (tell)
+		device->interrupt(device, NULL);
+}
+
 /* ---- the driver's side, for the transport ---- */
 
 /* Lets no handler be at work on a queue when it returns, nor begin. The device's lock is held. */
@@ -180,6 +195,8 @@ static void reset_locked(struct virtio_device *device)
 	}
 	device->accepted = 0;
 	device->status = 0;
+	if (device->model->reset)
+		device->model->reset(device);
 }
 
 void virtio_reset(struct virtio_device *device)

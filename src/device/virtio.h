@@ -54,6 +54,9 @@ struct virtio_model {
 	/* The driver is ready (DRIVER_OK), features are settled; the device's lock is held and no queue runs yet. May
 	 * be NULL. */
 	void (*started)(struct virtio_device *device);
+	/* The driver has reset the device: what the type keeps of its chains is void. The device's lock is held and no
+	 * queue runs. May be NULL. */
+	void (*reset)(struct virtio_device *device);
 	/* Frees what the type added, and itself. Nothing runs any more. */
 	void (*destroy)(struct virtio_device *device);
 };
@@ -107,6 +110,9 @@ void virtio_complete(struct virtio_queue *queue, const struct virtq_chain *chain
 void virtio_publish(struct virtio_queue *queue);
 /* Notifications are wanted again; true: look once more first. */
 bool virtio_await(struct virtio_queue *queue);
+
+/* Copies what the device itself changes in its configuration (2.5) and tells the driver. Takes the device's lock. */
+void virtio_config_change(struct virtio_device *device, unsigned offset, const void *bytes, unsigned size);
 
 /* The guest broke the rules: says so and stops the queues until the guest resets the device. A queue's lock may be
  * held. */

@@ -23,16 +23,20 @@ int net_open(struct net **out, const char *spec, struct loop *loop, struct error
 		return error_set(err, EINVAL, "net \"%s\": give \"user\" or \"tap=NAME\"", spec);
 	if (ret < 0)
 		return ret;
-	(*out)->room.function = room_on_loop;
+	for (struct net *queue = *out; queue; queue = queue->next_queue)
+		queue->room.function = room_on_loop;
 	return 0;
 }
 
 void net_close(struct net *net)
 {
-	if (!net)
-		return;
-	loop_timer_cancel(net->loop, &net->room);
-	net->ops->close(net);
+	while (net) {
+		struct net *next = net->next_queue;
+
+		loop_timer_cancel(net->loop, &net->room);
+		net->ops->close(net);
+		net = next;
+	}
 }
 
 void net_set_receiver(struct net *net, net_receive_function *receive, void *opaque)
@@ -43,7 +47,9 @@ void net_set_receiver(struct net *net, net_receive_function *receive, void *opaq
 
 void net_send(struct net *net, const uint8_t *frame, size_t length)
 {
-	if (length >= NET_FRAME_MIN && length <= NET_FRAME_MAX)
+	size_t header = net->properties.headers ? sizeof(struct net_header) : 0;
+
+	if (length >= header + NET_FRAME_MIN && length <= header + NET_FRAME_MAX)
 		net->ops->send(net, frame, length);
 }
 
@@ -56,4 +62,33 @@ void net_room(struct net *net)
 const struct net_properties *net_properties(const struct net *net)
 {
 	return &net->properties;
+}
+
+unsigned net_queues(const struct net *net)
+{
+	unsigned queues = 0;
+
+	for (; net; net = net->next_queue)
+		queues++;
+	return queues;
+}
+
+struct net *net_queue(struct net *net, unsigned index)
+{
+	while (index--)
+		net = net->next_queue;
+	return net;
+}
+
+void net_use_queues(struct net *net, unsigned queues)
+{
+	/* Queue 0 is always in use. */
+	for (unsigned i = 1; (net = net->next_queue); i++)
+		net->ops->use(net, i < queues);
+}
+
+void net_set_offloads(struct net *net, struct net_offloads offloads)
+{
+	if (net->ops->set_offloads)
+		net->ops->set_offloads(net, offloads);
 }

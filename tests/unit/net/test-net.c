@@ -127,6 +127,10 @@ static void test_bad_specifications(void **state)
 		{"tap=", "1 to 15 characters"},
 		{"tap=a-name-that-is-too-long", "1 to 15 characters"},
 		{"tap=../x", "1 to 15 characters"},
+		{"tap=x,queues=0", "give queues=N, 1 to 8"},
+		{"tap=x,queues=9", "give queues=N, 1 to 8"},
+		{"tap=x,rate=1", "\"rate=1\" is unknown"},
+		{"tap=nosuchtap,queues=2", "ip tuntap add dev nosuchtap mode tap multi_queue"},
 		{"tap=nosuchtap", "tap nosuchtap does not exist: create it with: ip tuntap add dev nosuchtap mode tap"},
 		{"user,", "no option \"\""},
 		{"user,speed=3", "no option \"speed=3\""},
@@ -418,14 +422,16 @@ static void test_idle(void **state)
 
 static bool is_ours(const uint8_t *frame, size_t length)
 {
-	return length >= 14 && frame[12] == 0x88 && frame[13] == 0xb5;
+	const size_t header = sizeof(struct net_header);
+
+	return length >= header + 14 && frame[header + 12] == 0x88 && frame[header + 13] == 0xb5;
 }
 
 static void test_tap(void **state)
 {
 	struct fixture *f = *state;
 	struct net *second = NULL;
-	uint8_t frame[100] = {1, 2, 3, [12] = 0x88, 0xb5}, got[2000];
+	uint8_t frame[100] = {1, 2, 3, [12] = 0x88, 0xb5}, got[2000], sent[sizeof(struct net_header) + sizeof(frame)] = {0};
 	ssize_t n = 0;
 	int wire;
 
@@ -436,7 +442,8 @@ static void test_tap(void **state)
 	wire = netns_packet_socket("tap7");
 	open_net(f, "tap=tap7");
 	assert_int_equal(net_properties(f->net)->mtu, 1400);
-	assert_false(net_properties(f->net)->large_frames);
+	assert_true(net_properties(f->net)->large_frames && net_properties(f->net)->headers);
+	assert_int_equal(net_queues(f->net), 1);
 	assert_int_equal(net_open(&second, "tap=tap7", f->loop, &f->err), -EBUSY);
 	assert_non_null(strstr(f->err.text, "tap7 is in use by another program"));
 	assert_true(net_open(&second, "tap=lo", f->loop, &f->err) < 0);
@@ -452,7 +459,7 @@ static void test_tap(void **state)
 		if (f->got.length)
 			break;
 	}
-	assert_int_equal(f->got.length, sizeof(frame));
+	assert_int_equal(f->got.length, sizeof(sent));
 	run_for(f, 20);
 	/* no room: nothing lost, nothing spins */
 	f->full = true;
@@ -468,7 +475,8 @@ static void test_tap(void **state)
 	/* and out */
 	while (recv(wire, got, sizeof(got), 0) > 0)
 		;
-	net_send(f->net, frame, sizeof(frame));
+	memcpy(sent + sizeof(struct net_header), frame, sizeof(frame));
+	net_send(f->net, sent, sizeof(sent));
 	for (unsigned i = 0; i < 1000 && (n = recv(wire, got, sizeof(got), 0)) < 0; i++)
 		usleep(1000);
 	assert_int_equal(n, sizeof(frame));

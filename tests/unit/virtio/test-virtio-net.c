@@ -480,7 +480,7 @@ static void inject(struct tap_fixture *t, size_t length, unsigned number)
 
 static bool probe_received(void *opaque, const uint8_t *frame, size_t length)
 {
-	if (frame[12] == 0x88 && frame[13] == 0xb5)
+	if (frame[HEADER + 12] == 0x88 && frame[HEADER + 13] == 0xb5)
 		*(atomic_bool *)opaque = true;
 	return true;
 }
@@ -668,20 +668,14 @@ static void test_transmit(void **state)
 	assert_int_equal(captured(&t, got, sizeof(got)), 1514);
 	assert_memory_equal(got, frame, 1514);
 
-	/* a checksum for us to complete, of an odd number of bytes */
+	/* a checksum is left to the host's kernel, which leaves it to whoever gets the frame in the end */
 	header[0] = 1;
 	header[6] = 20; /* csum_start */
 	header[8] = 4;	/* csum_offset */
 	make_frame(frame, 101, 8);
-	memset(frame + 24, 0, 2);
 	send_frame(f, header, frame, 101);
 	assert_int_equal(captured(&t, got, sizeof(got)), 101);
-	uint32_t sum = 0;
-	for (unsigned i = 20; i < 101; i++)
-		sum += i % 2 ? got[i] : got[i] << 8;
-	while (sum >> 16)
-		sum = (sum & 0xffff) + (sum >> 16);
-	assert_int_equal(sum, 0xffff);
+	assert_memory_equal(got, frame, 101);
 
 	/* what is wrong is lost, and what comes after it is not */
 	static const struct {
