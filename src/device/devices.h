@@ -29,6 +29,45 @@ int virtio_net_create(struct virtio_device **device, struct board *board, struct
 	const struct virtio_net_options *options, struct error *err);
 int virtio_rng_create(struct virtio_device **device, struct board *board, struct error *err);
 
+/* ---- balloon: memory that the guest gives back ---- */
+
+struct virtio_balloon_options {
+	uint64_t target; /* bytes that the guest is asked to give up from the start */
+};
+
+/* As the guest's kernel tells them (virtio 1.2, 5.5.6.3); in bytes where they are sizes */
+enum virtio_balloon_statistic {
+	BALLOON_SWAP_IN,
+	BALLOON_SWAP_OUT,
+	BALLOON_MAJOR_FAULTS,
+	BALLOON_MINOR_FAULTS,
+	BALLOON_FREE,
+	BALLOON_TOTAL,
+	BALLOON_AVAILABLE,
+	BALLOON_CACHES,
+	BALLOON_HUGETLB_ALLOCATIONS,
+	BALLOON_HUGETLB_FAILURES,
+	BALLOON_STATISTICS
+};
+#define BALLOON_UNKNOWN UINT64_MAX /* the guest has not told this one */
+
+struct virtio_balloon_state {
+	uint64_t target, actual; /* bytes wanted, and given up by the guest so far */
+	uint64_t reported;	 /* bytes of free pages returned to the host on the guest's reports, all together */
+	uint64_t told_at;	 /* clock_now() when the statistics came; 0: none yet */
+	uint64_t statistics[BALLOON_STATISTICS];
+};
+
+/* Free pages that the guest reports go back to the host at once; the guest takes pages back by itself when it runs out
+ * of memory. */
+int virtio_balloon_create(struct virtio_device **device, struct board *board,
+	const struct virtio_balloon_options *options, struct error *err);
+/* At most the guest's memory. From any thread. */
+void virtio_balloon_set_target(struct virtio_device *device, uint64_t bytes);
+/* What is known now; also asks the guest for new statistics, which a later call gives. From any thread, never waits for
+ * the guest. */
+void virtio_balloon_get(struct virtio_device *device, struct virtio_balloon_state *state);
+
 /* Takes the device off the bus when what it was doing is done. Called on the loop's thread, or when the loop no longer
  * runs; the vCPUs are stopped. NULL is allowed. */
 void virtio_device_destroy(struct virtio_device *device);

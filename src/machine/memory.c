@@ -146,3 +146,20 @@ bool memory_write(struct guest_memory *memory, uint64_t gpa, const void *from, u
 	memory_wrote(memory, gpa, len);
 	return true;
 }
+
+int memory_discard(struct guest_memory *memory, uint64_t gpa, uint64_t len)
+{
+	const struct memory_range *r = find(memory, gpa, len);
+	uint64_t from = align_up(gpa, PAGE_SIZE), to = align_down(gpa + len, PAGE_SIZE);
+
+	if (!r)
+		return -EFAULT;
+	if (from >= to)
+		return 0;
+	/* The mapping stays, and with it every pointer into it; only the pages behind it go. */
+	if (fallocate(memory->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(from - r->gpa + r->offset),
+		    (off_t)(to - from)) < 0)
+		return -errno;
+	memory_wrote(memory, from, to - from);
+	return 0;
+}

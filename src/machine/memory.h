@@ -46,6 +46,10 @@ void memory_wrote(struct guest_memory *memory, uint64_t gpa, uint64_t len);
 bool memory_read(const struct guest_memory *memory, uint64_t gpa, void *to, uint64_t len);
 bool memory_write(struct guest_memory *memory, uint64_t gpa, const void *from, uint64_t len);
 
+/* Gives the whole pages of [gpa, gpa + len) back to the host: they read as zeroes until the guest writes to them again.
+ * Host addresses of them stay valid. -EFAULT when not all of the range is RAM, else what fallocate(2) says. */
+int memory_discard(struct guest_memory *memory, uint64_t gpa, uint64_t len);
+
 /* The RAM page that holds gpa: its host address and its index into page_flags; NULL when gpa is not RAM. */
 static inline uint8_t *memory_page(const struct guest_memory *memory, uint64_t gpa, uint64_t *index)
 {
