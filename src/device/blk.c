@@ -2,12 +2,13 @@
  * from and to guest memory; the vCPU that notifies only wakes it. A request is parsed as the specification frames it,
  * without assumptions about where its buffers begin: 16 bytes of header, data, and one status byte at the very end.
  */
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/cleanup.h"
+#include "base/loop.h"
+#include "base/threads.h"
 #include "base/util.h"
 #include "device/blk.h"
 #include "device/virtio.h"
@@ -81,11 +82,11 @@ struct blk;
 struct worker {
 	struct blk *blk;
 	struct virtio_queue *queue;
-	pthread_t thread;
+	struct thread thread;
 	bool started;
 	pthread_mutex_t lock;
 	pthread_cond_t wake;
-	bool notified, leave;
+	bool notified, leave, limits_changed;
 	struct virtq_chain chain;	      /* the request at hand */
 	struct iovec iov[VIRTQ_SEGMENTS_MAX]; /* its data */
 };
@@ -95,8 +96,13 @@ struct blk {
 	struct disk *disk;
 	char serial[ID_BYTES + 1];
 	atomic_bool write_through; /* each write is flushed before it completes */
+	struct rate_limit limit;
 	struct worker *workers[VIRTIO_BLK_QUEUES_MAX];
 };
+
+enum { READS, READ_BYTES, WRITES, WRITTEN_BYTES, FLUSHES, DISCARDS, ZEROES, ERRORS, DELAYS };
+static const char *const counter_names[] = {"reads", "read_bytes", "writes", "written_bytes", "flushes", "discards",
+	"write_zeroes", "errors", "delays", NULL};
 
 /* ---- requests ---- */
 
@@ -198,6 +204,36 @@ static uint8_t do_get_id(struct worker *w, uint32_t *written)
 	return S_OK;
 }
 
+/* Counted, and charged against the limits: before it is done, so that the other workers already wait for it. */
+static void account(struct worker *w, uint32_t type)
+{
+	struct blk *blk = w->blk;
+	uint64_t bytes = 0;
+
+	switch (type) {
+	case T_IN:
+		bytes = w->chain.writable - 1;
+		virtio_count(&blk->virtio, READS, 1);
+		virtio_count(&blk->virtio, READ_BYTES, bytes);
+		break;
+	case T_OUT:
+		bytes = w->chain.readable - sizeof(struct request_header);
+		virtio_count(&blk->virtio, WRITES, 1);
+		virtio_count(&blk->virtio, WRITTEN_BYTES, bytes);
+		break;
+	case T_FLUSH:
+		virtio_count(&blk->virtio, FLUSHES, 1);
+		break;
+	case T_DISCARD:
+		virtio_count(&blk->virtio, DISCARDS, 1);
+		break;
+	case T_WRITE_ZEROES:
+		virtio_count(&blk->virtio, ZEROES, 1);
+		break;
+	}
+	rate_limit_spend(&blk->limit, bytes);
+}
+
 /* false: the guest did not send a request. */
 static bool handle(struct worker *w)
 {
@@ -208,6 +244,7 @@ static bool handle(struct worker *w)
 
 	if (virtq_chain_read(c, 0, &h, sizeof(h)) < sizeof(h) || c->writable < 1)
 		return false;
+	account(w, h.type);
 	switch (h.type) {
 	case T_IN:
 		status = do_read(w, h.sector, &written);
@@ -228,10 +265,36 @@ static bool handle(struct worker *w)
 	default:
 		status = S_UNSUPP;
 	}
+	if (status != S_OK)
+		virtio_count(&w->blk->virtio, ERRORS, 1);
 	virtq_chain_write(&w->queue->ring, c, c->writable - 1, &status, 1);
 	/* The length counts from the start without gaps (2.7.8.2), so the status byte only where data fills what is
 	 * before. */
 	virtio_complete(w->queue, c, written == c->writable - 1 ? written + 1 : written);
+	return true;
+}
+
+/* Waits until the limits let a request begin; no queue's lock is held, so that a pause or reset finds nothing in flight.
+ * false: the worker is to end. */
+static bool within_limits(struct worker *w)
+{
+	uint64_t wait, until;
+
+	while ((wait = rate_limit_wait(&w->blk->limit, clock_now()))) {
+		scope_lock(&w->lock);
+		virtio_count(&w->blk->virtio, DELAYS, 1);
+		until = clock_now() + wait;
+		while (!w->leave && !w->limits_changed) {
+			const struct timespec at = {
+				.tv_sec = (time_t)(until / 1000000000), .tv_nsec = (long)(until % 1000000000)};
+
+			if (pthread_cond_timedwait(&w->wake, &w->lock, &at) == ETIMEDOUT)
+				break;
+		}
+		w->limits_changed = false;
+		if (w->leave)
+			return false;
+	}
 	return true;
 }
 
@@ -244,6 +307,8 @@ static void serve(struct worker *w)
 		bool more = true;
 
 		while (more) {
+			if (!within_limits(w))
+				return;
 			/* Let go after each request: a reset or pause gets in between. */
 			scope_lock(&q->lock);
 			if (q->running)
@@ -293,17 +358,32 @@ static void worker_wake(struct worker *w, bool leave)
 	pthread_cond_signal(&w->wake);
 }
 
+void virtio_blk_limit(struct virtio_device *device, const struct rate_limits *limits)
+{
+	struct blk *blk = container_of(device, struct blk, virtio);
+
+	rate_limit_set(&blk->limit, limits, clock_now());
+	for (unsigned i = 0; i < VIRTIO_BLK_QUEUES_MAX; i++) {
+		struct worker *w = blk->workers[i];
+
+		if (!w)
+			continue;
+		scope_lock(&w->lock);
+		w->limits_changed = true;
+		pthread_cond_signal(&w->wake);
+	}
+}
+
 static void notify(struct virtio_device *device, struct virtio_queue *queue)
 {
 	worker_wake(container_of(device, struct blk, virtio)->workers[queue->index], false);
 }
 
-static int worker_start(struct blk *blk, unsigned i, struct error *err)
+static int worker_start(struct blk *blk, unsigned i, struct threads *threads, struct error *err)
 {
 	struct worker *w = calloc(1, sizeof(*w));
-	sigset_t all, before;
+	pthread_condattr_t attributes;
 	char name[16];
-	int ret;
 
 	if (!w)
 		return error_set(err, ENOMEM, "virtio-blk: no memory for a worker");
@@ -311,17 +391,14 @@ static int worker_start(struct blk *blk, unsigned i, struct error *err)
 	w->blk = blk;
 	w->queue = &blk->virtio.queues[i];
 	pthread_mutex_init(&w->lock, NULL);
-	pthread_cond_init(&w->wake, NULL);
-	/* Signals are for the main thread. */
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	ret = pthread_create(&w->thread, NULL, worker_main, w);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	if (ret)
-		return error_set(err, ret, "virtio-blk: starting a worker thread: %s", strerror(ret));
-	w->started = true;
+	pthread_condattr_init(&attributes);
+	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC); /* as clock_now() */
+	pthread_cond_init(&w->wake, &attributes);
+	pthread_condattr_destroy(&attributes);
 	snprintf(name, sizeof(name), "blk queue %u", i);
-	pthread_setname_np(w->thread, name);
+	if (thread_start(&w->thread, threads, THREAD_WORKER, name, worker_main, w, err) < 0)
+		return error_wrap(err, "virtio-blk");
+	w->started = true;
 	return 0;
 }
 
@@ -331,7 +408,7 @@ static void worker_end(struct worker *w)
 		return;
 	if (w->started) {
 		worker_wake(w, true);
-		pthread_join(w->thread, NULL);
+		thread_join(&w->thread);
 	}
 	pthread_cond_destroy(&w->wake);
 	pthread_mutex_destroy(&w->lock);
@@ -374,6 +451,7 @@ static void destroy(struct virtio_device *device)
 	for (unsigned i = 0; i < VIRTIO_BLK_QUEUES_MAX; i++)
 		worker_end(blk->workers[i]);
 	virtio_release(device);
+	rate_limit_destroy(&blk->limit);
 	free(blk);
 }
 
@@ -384,6 +462,7 @@ static const struct virtio_model model = {
 	.notify = notify,
 	.config_write = config_write,
 	.started = started,
+	.counters = counter_names,
 	.destroy = destroy,
 };
 
@@ -422,12 +501,13 @@ int virtio_blk_create(struct virtio_device **device, struct board *board, struct
 	if (!blk)
 		return error_set(err, ENOMEM, "virtio-blk: no memory");
 	blk->disk = disk;
+	rate_limit_init(&blk->limit);
 	snprintf(blk->serial, sizeof(blk->serial), "%s", options->serial ? options->serial : "");
 	ret = virtio_init(&blk->virtio, &model, board_memory(board), queues, QUEUE_SIZE, err);
 	if (ret == 0)
 		describe(blk, queues);
 	for (unsigned i = 0; i < queues && ret == 0; i++)
-		ret = worker_start(blk, i, err);
+		ret = worker_start(blk, i, options->threads, err);
 	if (ret == 0)
 		ret = virtio_pci_attach(&blk->virtio, board, err);
 	if (ret < 0) {

@@ -2,13 +2,16 @@
  * net) stays the caller's and must outlive the device. */
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "base/error.h"
+#include "base/token_bucket.h"
 
 struct board;
 struct disk;
 struct net;
+struct threads;
 struct virtio_device;
 
 #define VIRTIO_BLK_QUEUES_MAX 8
@@ -16,6 +19,7 @@ struct virtio_device;
 struct virtio_blk_options {
 	unsigned queues;    /* 1 to VIRTIO_BLK_QUEUES_MAX, as many as vCPUs at best; 0: one */
 	const char *serial; /* at most 20 characters ("hostel-disk-0"), seen in the guest's /dev/disk/by-id; or NULL */
+	struct threads *threads; /* what its workers are started by (base/threads.h); or NULL */
 };
 
 struct virtio_net_options {
@@ -76,3 +80,25 @@ void virtio_device_destroy(struct virtio_device *device);
  * nothing starts until resume, which takes up what the guest has asked for meanwhile. Any thread but a device's own. */
 void virtio_device_quiesce(struct virtio_device *device);
 void virtio_device_resume(struct virtio_device *device);
+/* As quiesce, but never waits: false while something is still in flight; ask again. The device is on its way to the
+ * pause either way, until resume. */
+bool virtio_device_try_quiesce(struct virtio_device *device);
+
+/* The PCI slot it is in. */
+unsigned virtio_device_slot(const struct virtio_device *device);
+const char *virtio_device_type(const struct virtio_device *device); /* "virtio-blk" */
+
+/* What the device has counted since it was made. */
+struct virtio_counter {
+	const char *name;
+	uint64_t value;
+};
+#define VIRTIO_COUNTERS_MAX 12
+/* Fills `counters` (room for VIRTIO_COUNTERS_MAX) and returns how many there are. Any thread. */
+unsigned virtio_device_counters(const struct virtio_device *device, struct virtio_counter *counters);
+
+/* Rate limits; none at the start. Any thread, also while requests are under way: those that wait take up the new rate
+ * at once. A request that is too much waits, it does not fail. */
+void virtio_blk_limit(struct virtio_device *device, const struct rate_limits *limits);
+/* Frames sent by the guest, or those it receives. */
+void virtio_net_limit(struct virtio_device *device, bool received, const struct rate_limits *limits);

@@ -61,12 +61,14 @@ struct pair {
 	atomic_bool starved; /* the back end keeps a frame until the guest adds buffers */
 	struct loop_timer tx_turn;
 	atomic_bool tx_soon; /* tx_turn is set */
+	struct loop_timer rx_turn; /* when the limit lets the next frame in */
 };
 
 struct virtio_net {
 	struct virtio_device virtio;
 	struct net *net; /* queue 0 of the back end */
 	struct loop *loop;
+	struct rate_limit limit[A_PAIR]; /* of each direction, for all pairs together */
 	struct loop_timer settle;   /* tells the back end what the driver wants */
 	struct loop_timer control;  /* does what the control queue asks for */
 	atomic_uint pairs_used;	    /* set by the driver; 1 after a reset (5.1.6.5.5) */
@@ -85,7 +87,28 @@ static bool has_headers(const struct virtio_net *n)
 	return net_properties(n->net)->headers;
 }
 
+enum { SENT_FRAMES, SENT_BYTES, SENT_DROPPED, RECEIVED_FRAMES, RECEIVED_BYTES, DELAYS };
+static const char *const counter_names[] = {
+	"sent_frames", "sent_bytes", "sent_dropped", "received_frames", "received_bytes", "delays", NULL};
+
+/* When the limit of that direction lets the next frame through; 0: now. */
+static uint64_t limited_until(struct virtio_net *n, unsigned direction)
+{
+	uint64_t now = n->limit[direction].limited ? clock_now() : 0;
+	uint64_t wait = rate_limit_wait(&n->limit[direction], now);
+
+	if (!wait)
+		return 0;
+	virtio_count(&n->virtio, DELAYS, 1);
+	return now + wait;
+}
+
 /* ---- to the guest ---- */
+
+static void rx_turn(struct loop_timer *timer)
+{
+	net_room(container_of(timer, struct pair, rx_turn)->net);
+}
 
 /* The frame does not fit, or not now: the buffers taken for it go back. */
 static void rx_give_back(struct virtio_queue *q, unsigned taken, unsigned put)
@@ -162,6 +185,7 @@ static bool receive(void *opaque, const uint8_t *frame, size_t length)
 	struct virtio_queue *q = p->rx;
 	struct net_header header;
 	size_t sent = 0; /* of the frame */
+	uint64_t later;
 	unsigned count = 0;
 	bool mergeable;
 
@@ -176,6 +200,11 @@ static bool receive(void *opaque, const uint8_t *frame, size_t length)
 	if (!q->running) {
 		p->starved = true;
 		return rx_is_gone(n);
+	}
+	later = limited_until(n, RX);
+	if (later) { /* the back end keeps it */
+		loop_timer_set(n->loop, &p->rx_turn, later);
+		return false;
 	}
 	if (!rx_header(n, &header))
 		return true;
@@ -205,6 +234,9 @@ static bool receive(void *opaque, const uint8_t *frame, size_t length)
 	header.num_buffers = count;
 	virtq_chain_write(&q->ring, &n->rx_first, 0, &header, sizeof(header));
 	virtio_publish(q);
+	rate_limit_spend(&n->limit[RX], length);
+	virtio_count(&n->virtio, RECEIVED_FRAMES, 1);
+	virtio_count(&n->virtio, RECEIVED_BYTES, length);
 	return true;
 }
 
@@ -261,6 +293,18 @@ static bool offload_negotiated(struct virtio_net *n, const struct net_header *h)
 	return false;
 }
 
+static void sent(struct virtio_net *n, size_t length)
+{
+	virtio_count(&n->virtio, SENT_FRAMES, 1);
+	virtio_count(&n->virtio, SENT_BYTES, length);
+}
+
+static bool dropped(struct virtio_net *n)
+{
+	virtio_count(&n->virtio, SENT_DROPPED, 1);
+	return true;
+}
+
 /* false: not a frame at all. A frame that is merely wrong is lost, as on a wire. */
 static bool transmit(struct pair *p, const struct virtq_chain *chain)
 {
@@ -271,19 +315,21 @@ static bool transmit(struct pair *p, const struct virtq_chain *chain)
 
 	if (virtq_chain_read(chain, 0, &h, sizeof(h)) < sizeof(h))
 		return false;
+	rate_limit_spend(&n->limit[TX], chain->readable - sizeof(h));
 	if (chain->readable - sizeof(h) > NET_FRAME_MAX || !offload_negotiated(n, &h))
-		return true;
+		return dropped(n);
 	length = virtq_chain_read(chain, sizeof(h), frame, NET_FRAME_MAX);
 	if (length < NET_FRAME_MIN)
-		return true;
+		return dropped(n);
+	if (!has_headers(n) && (h.flags & HEADER_NEEDS_CSUM) && !complete_checksum(frame, length, &h))
+		return dropped(n);
+	sent(n, length);
 	if (has_headers(n)) {
 		h.flags &= HEADER_NEEDS_CSUM; /* the one that a driver may set (5.1.6.2) */
 		memcpy(n->frame, &h, sizeof(h));
 		net_send(p->net, n->frame, sizeof(h) + length);
 		return true;
 	}
-	if ((h.flags & HEADER_NEEDS_CSUM) && !complete_checksum(frame, length, &h))
-		return true;
 	net_send(p->net, frame, length);
 	return true;
 }
@@ -306,6 +352,14 @@ static void tx_turn(struct loop_timer *timer)
 		return;
 	virtq_notify_off(&q->ring);
 	for (unsigned i = 1; i <= FRAMES_A_TURN; i++) {
+		uint64_t later = limited_until(n, TX);
+
+		if (later) {
+			virtio_publish(q);
+			p->tx_soon = true;
+			loop_timer_set(n->loop, &p->tx_turn, later);
+			return;
+		}
 		if (!virtio_take(q, &n->chain)) {
 			virtio_publish(q); /* also when a pause has come between: what was sent is completed */
 			if (!virtio_await(q))
@@ -400,6 +454,19 @@ static void control_turn(struct loop_timer *timer)
 
 /* ---- the device ---- */
 
+void virtio_net_limit(struct virtio_device *device, bool received, const struct rate_limits *limits)
+{
+	struct virtio_net *n = container_of(device, struct virtio_net, virtio);
+
+	rate_limit_set(&n->limit[received ? RX : TX], limits, clock_now());
+	/* What waits looks again. */
+	for (unsigned i = 0; i < n->pairs; i++) {
+		if (!received)
+			n->pair[i].tx_soon = true;
+		loop_timer_set(n->loop, received ? &n->pair[i].rx_turn : &n->pair[i].tx_turn, clock_now());
+	}
+}
+
 static void notify(struct virtio_device *device, struct virtio_queue *queue)
 {
 	struct virtio_net *n = container_of(device, struct virtio_net, virtio);
@@ -440,10 +507,13 @@ static void destroy(struct virtio_device *device)
 	for (unsigned i = 0; i < n->pairs; i++) {
 		net_set_receiver(n->pair[i].net, NULL, NULL);
 		loop_timer_cancel(n->loop, &n->pair[i].tx_turn);
+		loop_timer_cancel(n->loop, &n->pair[i].rx_turn);
 	}
 	loop_timer_cancel(n->loop, &n->settle);
 	loop_timer_cancel(n->loop, &n->control);
 	virtio_release(device);
+	for (unsigned i = 0; i < A_PAIR; i++)
+		rate_limit_destroy(&n->limit[i]);
 	free(n);
 }
 
@@ -454,6 +524,7 @@ static const struct virtio_model model = {
 	.notify = notify,
 	.started = started,
 	.reset = reset,
+	.counters = counter_names,
 	.destroy = destroy,
 };
 
@@ -497,12 +568,14 @@ int virtio_net_create(struct virtio_device **device, struct board *board, struct
 	n->control.function = control_turn;
 	n->pairs_used = 1;
 	n->pairs = pairs;
+	for (unsigned i = 0; i < A_PAIR; i++)
+		rate_limit_init(&n->limit[i]);
 	describe(n, options);
 	ret = virtio_init(&n->virtio, &model, board_memory(board), A_PAIR * pairs + (pairs > 1), QUEUE_SIZE, err);
 	for (unsigned i = 0; i < pairs; i++) {
 		struct pair *p = &n->pair[i];
 
-		*p = (struct pair){.n = n, .net = net_queue(net, i), .tx_turn = {.function = tx_turn}};
+		*p = (struct pair){.n = n, .net = net_queue(net, i), .tx_turn = {.function = tx_turn}, .rx_turn = {.function = rx_turn}};
 		if (ret == 0) {
 			p->rx = &n->virtio.queues[A_PAIR * i + RX];
 			p->tx = &n->virtio.queues[A_PAIR * i + TX];

@@ -310,6 +310,41 @@ void virtio_device_quiesce(struct virtio_device *device)
 	stop_queues(device);
 }
 
+bool virtio_device_try_quiesce(struct virtio_device *device)
+{
+	bool quiet = true;
+
+	if (pthread_mutex_trylock(&device->lock))
+		return false;
+	device->paused = true;
+	for (unsigned i = 0; i < device->queue_count; i++)
+		device->queues[i].running = false;
+	for (unsigned i = 0; i < device->queue_count; i++) {
+		if (pthread_mutex_trylock(&device->queues[i].lock))
+			quiet = false;
+		else
+			pthread_mutex_unlock(&device->queues[i].lock);
+	}
+	pthread_mutex_unlock(&device->lock);
+	return quiet;
+}
+
+const char *virtio_device_type(const struct virtio_device *device)
+{
+	return device->model->name;
+}
+
+unsigned virtio_device_counters(const struct virtio_device *device, struct virtio_counter *counters)
+{
+	const char *const *names = device->model->counters;
+	unsigned n = 0;
+
+	for (; names && names[n] && n < VIRTIO_COUNTERS_MAX; n++)
+		counters[n] = (struct virtio_counter){
+			names[n], atomic_load_explicit(&device->counter[n], memory_order_relaxed)};
+	return n;
+}
+
 void virtio_device_resume(struct virtio_device *device)
 {
 	{

@@ -57,6 +57,8 @@ struct virtio_model {
 	/* The driver has reset the device: what the type keeps of its chains is void. The device's lock is held and no
 	 * queue runs. May be NULL. */
 	void (*reset)(struct virtio_device *device);
+	/* Names of device->counter[], ended by NULL; or NULL. */
+	const char *const *counters;
 	/* Frees what the type added, and itself. Nothing runs any more. */
 	void (*destroy)(struct virtio_device *device);
 };
@@ -83,6 +85,8 @@ struct virtio_device {
 	void (*interrupt)(struct virtio_device *device, struct virtio_queue *queue);
 	void *transport;
 
+	_Atomic uint64_t counter[VIRTIO_COUNTERS_MAX]; /* virtio_count() */
+
 	uint64_t complaints_since; /* limits the log: clock_now() of the first of `complaints` */
 	unsigned complaints;
 };
@@ -98,6 +102,12 @@ void virtio_release(struct virtio_device *device);
 static inline bool virtio_has(const struct virtio_device *device, unsigned feature)
 {
 	return device->accepted >> feature & 1;
+}
+
+/* Adds to the counter of that index in model->counters; any thread. */
+static inline void virtio_count(struct virtio_device *device, unsigned counter, uint64_t n)
+{
+	atomic_fetch_add_explicit(&device->counter[counter], n, memory_order_relaxed);
 }
 
 /* Use a queue, whose lock is held. All of them do nothing and give false when it does not run.

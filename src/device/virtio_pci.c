@@ -444,9 +444,10 @@ int virtio_pci_attach(struct virtio_device *device, struct board *board, struct 
 	v->pci.bar[BAR_MSIX].size = PAGE;
 	device->transport = v;
 	device->interrupt = interrupt;
-	ret = pci_add(board_pci(board), &v->pci, -1, err);
-	if (ret == 0)
-		ret = add_capabilities(v, err);
+	/* On the bus last and complete: the guest may be looking. */
+	ret = add_capabilities(v, err);
+	if (ret >= 0)
+		ret = pci_add(board_pci(board), &v->pci, -1, err);
 	if (ret < 0) {
 		virtio_pci_detach(device);
 		return ret;
@@ -465,4 +466,11 @@ void virtio_pci_detach(struct virtio_device *device)
 	pthread_mutex_destroy(&v->isr_lock);
 	device->transport = NULL;
 	free(v);
+}
+
+unsigned virtio_device_slot(const struct virtio_device *device)
+{
+	const struct virtio_pci *v = device->transport;
+
+	return v->pci.slot;
 }

@@ -450,8 +450,10 @@ void pci_remove(struct pci_device *device)
 {
 	struct pci_bus *bus = device->bus;
 
-	if (!bus)
+	if (!bus) { /* never came onto one */
+		pci_msix_free(device);
 		return;
+	}
 	{
 		scope_devices(write, bus);
 		{
