@@ -66,6 +66,19 @@ def test_checks(tmp_path, host_values, kernel, form, cpus):
     run_checks(tmp_path, host_values, kernel, form, cpus)
 
 
+@pytest.mark.quick
+def test_most_checks_quickly(tmp_path, host_values):
+    """What the matrix does, without the slow ones, once."""
+    disk = tmp_path / "disk.raw"
+    vm.make_ext4(disk, 64)
+    names = "cpuinfo,cpus-run,forks,signals,float,threads,futex,mmap,selfmod,selfmod-threads,selfmod-mapping,i386,disk-write,disk-read"
+    with vm.guest("cloud", "vmlinux", "checks", f"hostel.only={names}", cpus=2, arguments=["--disk", disk]) as v:
+        v.expect(r"^CHECKS 13 ok, 0 failed$", 40)
+        v.expect(r"^CHECKS 1 ok, 0 failed$", 20)
+        assert v.wait(20) == 0
+        v.check_kernel_log()
+
+
 @pytest.mark.parametrize("model", ["x86-64-v2", "x86-64-v3"])
 def test_cpu_model(model, host_values):
     """A named model shows its flags, hides what is above it, and computes the same."""
