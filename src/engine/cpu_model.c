@@ -32,6 +32,9 @@ enum source {
 
 enum vendor_mask { ANY = 3, INTEL = 1 << CPU_INTEL, AMD = 1 << CPU_AMD };
 
+#define HYPERVISOR_BASE 0x40000000u
+#define HYPERVISOR_MAX 0x40000010u
+
 #define XCR0_SSE 0x3 /* and x87 */
 #define XCR0_AVX 0x7
 #define XCR0_AVX512 0xe7
@@ -51,6 +54,7 @@ static const struct {
 	[CPU_81_EDX] = {0x80000001, 0, 3},
 	[CPU_88_EBX] = {0x80000008, 0, 1},
 	[CPU_821_EAX] = {0x80000021, 0, 0},
+	[CPU_KVM_EAX] = {HYPERVISOR_BASE + 1, 0, 0},
 };
 
 static const struct feature {
@@ -177,6 +181,17 @@ static const struct feature {
 	/* A guest's RET becomes a look-up and an indirect jump: no return is predicted from the host's return stack, so
 	 * training that stack (SRSO) leads nowhere, and "safe RET" would only cost. */
 	{"srso-no", CPU_821_EAX, 29, V2, OURS, AMD},
+
+	/* bt/paravirt.c */
+	{"kvm-nop-io-delay", CPU_KVM_EAX, 1, V2, OURS, ANY},
+	{"kvm-clock", CPU_KVM_EAX, 3, V2, OURS, ANY},
+	{"kvm-steal-time", CPU_KVM_EAX, 5, V2, OURS, ANY},
+	{"kvm-eoi", CPU_KVM_EAX, 6, V2, OURS, ANY},
+	{"kvm-unhalt", CPU_KVM_EAX, 7, V2, OURS, ANY},
+	{"kvm-tlb-flush", CPU_KVM_EAX, 9, V2, OURS, ANY},
+	{"kvm-send-ipi", CPU_KVM_EAX, 11, V2, OURS, ANY},
+	{"kvm-sched-yield", CPU_KVM_EAX, 13, V2, OURS, ANY},
+	{"kvm-clock-stable", CPU_KVM_EAX, 24, V2, OURS, ANY},
 };
 
 /* Bits of leaf 1 EDX that AMD repeats in leaf 8000_0001 EDX. */
@@ -206,19 +221,21 @@ static const struct {
  * that it knows, and x2APIC costs one WRMSR where xAPIC costs a trapped store. From KVM's clock (bt/paravirt.c) it
  * takes the TSC's rate instead of measuring it, on AMD CPUs too; since the TSC is constant, non-stop and has
  * TSC_ADJUST, it then is the clock source, without a watchdog. */
-#define HYPERVISOR_BASE 0x40000000u
-#define HYPERVISOR_MAX 0x40000010u
-#define KVM_FEATURE_NOP_IO_DELAY (1u << 1)
-#define KVM_FEATURE_CLOCKSOURCE2 (1u << 3)
-#define KVM_FEATURE_CLOCKSOURCE_STABLE (1u << 24)
 #define APIC_BUS_KHZ 1000000u
+
+/* A model without some of its features. */
+struct custom_model {
+	struct custom_model *next;
+	struct cpu_model model;
+};
 
 struct cpu_models {
 	struct cpu_model host, v2, v3;
+	struct custom_model *custom;
 	char v2_lacks[200], v3_lacks[200]; /* names of features; "" when the model can be had */
 };
 
-static struct cpu_models models; /* constant once built: facts about the host, not about a VM */
+static struct cpu_models models; /* constant once built, but for custom: facts about the host, not about a VM */
 static pthread_once_t models_once = PTHREAD_ONCE_INIT;
 
 static void host_cpuid(uint32_t leaf, uint32_t subleaf, uint32_t out[4])
@@ -423,7 +440,7 @@ static void build_models(void)
 	tsc_ratio(&models.v3, hz);
 }
 
-const struct cpu_model *cpu_model_find(const char *name, struct error *err)
+static const struct cpu_model *find_model(const char *name, size_t length, struct error *err)
 {
 	pthread_once(&models_once, build_models);
 	const struct {
@@ -432,16 +449,74 @@ const struct cpu_model *cpu_model_find(const char *name, struct error *err)
 	} all[] = {{&models.host, ""}, {&models.v2, models.v2_lacks}, {&models.v3, models.v3_lacks}};
 
 	for (size_t i = 0; i < ARRAY_SIZE(all); i++) {
-		if (strcmp(all[i].model->name, name))
+		if (strlen(all[i].model->name) != length || memcmp(all[i].model->name, name, length))
 			continue;
 		if (!*all[i].lacks)
 			return all[i].model;
-		error_set(err, ENOTSUP, "CPU model %s: this host's CPU lacks %s; choose a lower model or host", name,
-			all[i].lacks);
+		error_set(err, ENOTSUP, "CPU model %s: this host's CPU lacks %s; choose a lower model or host",
+			all[i].model->name, all[i].lacks);
 		return NULL;
 	}
-	error_set(err, EINVAL, "CPU model \"%s\" does not exist; choose host, x86-64-v2 or x86-64-v3", name);
+	error_set(err, EINVAL, "CPU model \"%.*s\" does not exist; choose host, x86-64-v2 or x86-64-v3",
+		(int)min(length, (size_t)100), name);
 	return NULL;
+}
+
+/* Takes one feature away, and those that need the state components that go with it. Translated code runs a NATIVE one
+ * all the same: a guest that respects CPUID does not use it. */
+static bool take_away(struct cpu_model *m, const char *name, size_t length)
+{
+	bool found = false;
+
+	for (size_t i = 0; i < ARRAY_SIZE(features); i++) {
+		const struct feature *f = &features[i];
+
+		if (strlen(f->name) == length && !memcmp(f->name, name, length)) {
+			m->words[f->word] &= ~(1u << f->bit);
+			m->absent[f->word] |= 1u << f->bit;
+			found = true;
+		}
+	}
+	if (!cpu_model_has(m, CPU_XSAVE)) {
+		m->xcr0 = 0;
+		for (size_t i = 0; i < ARRAY_SIZE(features); i++) {
+			if (features[i].xcr0)
+				m->words[features[i].word] &= ~(1u << features[i].bit);
+		}
+	}
+	if (m->vendor == CPU_AMD)
+		m->words[CPU_81_EDX] &= m->words[CPU_1_EDX] | ~AMD_REPEATED;
+	return found;
+}
+
+const struct cpu_model *cpu_model_find(const char *name, struct error *err)
+{
+	size_t length = strcspn(name, ",");
+	const struct cpu_model *model = find_model(name, length, err);
+	scope_free struct custom_model *custom = NULL;
+
+	if (!model || !name[length])
+		return model;
+	custom = malloc(sizeof(*custom));
+	if (!custom) {
+		error_errno(err, "CPU model %s", name);
+		return NULL;
+	}
+	custom->model = *model;
+	for (const char *at = name + length; *at; at += length) {
+		at++; /* the comma */
+		length = strcspn(at, ",");
+		if (*at != '-' || !take_away(&custom->model, at + 1, length - 1)) {
+			error_set(err, EINVAL,
+				"CPU model %s: \"%.*s\" is not a feature to leave out; write -NAME, such as -avx2 or "
+				"-kvm-eoi",
+				model->name, (int)min(length, (size_t)100), at);
+			return NULL;
+		}
+	}
+	custom->next = models.custom;
+	models.custom = custom;
+	return &take_ptr(custom)->model;
 }
 
 uint32_t cpu_model_xsave_size(const struct cpu_model *model, uint64_t components, bool compacted)
@@ -650,7 +725,7 @@ void cpu_model_cpuid(
 		out[2] = 0x564b4d56;
 		out[3] = 0x4d;
 	} else if (leaf == HYPERVISOR_BASE + 1) {
-		out[0] = KVM_FEATURE_NOP_IO_DELAY | KVM_FEATURE_CLOCKSOURCE2 | KVM_FEATURE_CLOCKSOURCE_STABLE;
+		out[0] = model->words[CPU_KVM_EAX];
 	} else if (leaf == HYPERVISOR_MAX) {
 		out[0] = model->tsc_khz;
 		out[1] = APIC_BUS_KHZ;

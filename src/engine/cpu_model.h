@@ -22,6 +22,7 @@ enum cpu_word {
 	CPU_81_EDX,
 	CPU_88_EBX,
 	CPU_821_EAX,
+	CPU_KVM_EAX, /* leaf 4000_0001: KVM's para-virtual interfaces */
 	CPU_WORDS
 };
 
@@ -52,6 +53,13 @@ enum cpu_feature {
 	CPU_NX = CPU_81_EDX * 32 + 20,
 	CPU_RDTSCP = CPU_81_EDX * 32 + 27,
 	CPU_WBNOINVD = CPU_88_EBX * 32 + 9,
+	CPU_KVM_CLOCK = CPU_KVM_EAX * 32 + 3,
+	CPU_KVM_STEAL_TIME = CPU_KVM_EAX * 32 + 5,
+	CPU_KVM_EOI = CPU_KVM_EAX * 32 + 6,
+	CPU_KVM_UNHALT = CPU_KVM_EAX * 32 + 7,
+	CPU_KVM_TLB_FLUSH = CPU_KVM_EAX * 32 + 9,
+	CPU_KVM_SEND_IPI = CPU_KVM_EAX * 32 + 11,
+	CPU_KVM_SCHED_YIELD = CPU_KVM_EAX * 32 + 13,
 };
 
 enum cpu_vendor {
@@ -69,6 +77,7 @@ struct cpu_model {
 	uint32_t signature;    /* EAX of leaf 1: family, model, stepping */
 	char brand[48];
 	uint32_t words[CPU_WORDS];
+	uint32_t absent[CPU_WORDS]; /* features that were left out on request */
 	unsigned physical_bits, linear_bits;
 	uint64_t xcr0; /* components offered */
 	struct {
@@ -84,8 +93,9 @@ struct cpu_model {
 	uint32_t tsc_ratio[2], tsc_khz;	  /* leaf 0x15: denominator and numerator to the 1 GHz APIC clock */
 };
 
-/* The model of that name: "host", "x86-64-v2" or "x86-64-v3"; lives as long as the process. NULL and err: no such model
- * (err lists them), or this host lacks something that it needs. */
+/* The model of that name: "host", "x86-64-v2" or "x86-64-v3", without the features that follow: "host,-kvm-eoi,-avx";
+ * lives as long as the process. NULL and err: no such model (err lists them) or feature, or this host lacks something
+ * that it needs. */
 const struct cpu_model *cpu_model_find(const char *name, struct error *err);
 
 /* What CPUID answers on vCPU `cpu` of `cpus` (1 to 64) but for what depends on the vCPU's state (bt/cpuid.c adds it):

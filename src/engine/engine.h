@@ -32,6 +32,15 @@ struct engine_board {
 	int (*interrupt_ack)(void *opaque, unsigned cpu);
 	/* Would interrupt_ack give a vector? Cheap; may be called from any state. */
 	bool (*interrupt_pending)(void *opaque, unsigned cpu);
+	/* For KVM's para-virtual interfaces; NULL: not supplied. May the guest end the interrupt that was just
+	 * acknowledged in its own memory? Then settle tells whether it did, before the APIC is looked at again; when another
+	 * interrupt arrives meanwhile the vCPU is kicked even if it could not be delivered yet. */
+	bool (*eoi_offer)(void *opaque, unsigned cpu);
+	void (*eoi_settle)(void *opaque, unsigned cpu, bool ended);
+	/* Sends what icr (its low half) says to these vCPUs; how many there were. */
+	unsigned (*send_ipi)(void *opaque, unsigned cpu, uint64_t cpus, uint32_t icr);
+	/* vCPU `cpu` is to run again, if it is halted, even with interrupts off. */
+	void (*wake)(void *opaque, unsigned cpu);
 };
 
 /* ---- vCPU state, moved by masks of what is wanted or changed ---- */

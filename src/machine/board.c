@@ -275,6 +275,40 @@ int board_interrupt_ack(void *opaque, unsigned cpu)
 	return vector;
 }
 
+bool board_eoi_offer(void *opaque, unsigned cpu)
+{
+	struct board *board = opaque;
+
+	return lapic_eoi_offer(&board->lapics[cpu]);
+}
+
+void board_eoi_settle(void *opaque, unsigned cpu, bool ended)
+{
+	struct board *board = opaque;
+	struct wakeups w = {0};
+
+	lapic_eoi_settle(&board->lapics[cpu], ended, &w);
+	board_wake(board, &w);
+}
+
+unsigned board_send_ipi(void *opaque, unsigned cpu, uint64_t cpus, uint32_t icr)
+{
+	struct board *board = opaque;
+	struct wakeups w = {0};
+	unsigned sent = lapic_send_to(board, cpus, icr, &w);
+
+	board_wake(board, &w);
+	return sent;
+}
+
+void board_wake_cpu(void *opaque, unsigned cpu)
+{
+	struct board *board = opaque;
+
+	if (board->host.wake)
+		board->host.wake(board->host.opaque, cpu);
+}
+
 /* ---- accesses ---- */
 
 uint64_t board_pio_read(void *opaque, unsigned cpu, uint16_t port, unsigned size)

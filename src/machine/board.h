@@ -53,6 +53,7 @@ struct board_host {
 	/* The guest has let go of these PCI slots (bit n: slot n); whether or not somebody asked. On a vCPU's thread,
 	 * in the middle of an access: a note, no more. May be NULL. */
 	void (*pci_ejected)(void *opaque, uint32_t slots);
+	void (*wake)(void *opaque, unsigned cpu); /* run cpu again even if it is halted with interrupts off */
 };
 
 struct board_config {
@@ -124,6 +125,10 @@ uint8_t board_cr8_read(void *board, unsigned cpu);
 void board_cr8_write(void *board, unsigned cpu, uint8_t value);
 int board_interrupt_ack(void *board, unsigned cpu);
 bool board_interrupt_pending(void *board, unsigned cpu);
+bool board_eoi_offer(void *board, unsigned cpu);
+void board_eoi_settle(void *board, unsigned cpu, bool ended);
+unsigned board_send_ipi(void *board, unsigned cpu, uint64_t cpus, uint32_t icr);
+void board_wake_cpu(void *board, unsigned cpu);
 
 /* Writes RSDP, XSDT, FADT, FACS, DSDT, MADT, MCFG into guest memory for this many CPUs and the attached PCI devices;
  * *rsdp is the root pointer's guest address (also findable in the BIOS area at 0xe0000). */

@@ -37,7 +37,8 @@ void lapic_update(struct lapic *l, struct wakeups *w)
 	atomic_store(&l->ppr, ppr);
 
 	pending = enabled && request >= 0 && (request & 0xf0) > (ppr & 0xf0);
-	if (pending && !atomic_load(&l->pending) && w)
+	/* While an end is on offer a request below what seems in service may be deliverable: the vCPU has to look. */
+	if (w && ((pending && !atomic_load(&l->pending)) || (enabled && request >= 0 && l->eoi_offered)))
 		w->kick |= 1ull << l->cpu;
 	atomic_store(&l->pending, pending);
 
@@ -123,6 +124,28 @@ void lapic_eoi(struct lapic *l, struct wakeups *w)
 		ioapic_eoi(&l->board->ioapic, vector, w);
 }
 
+bool lapic_eoi_offer(struct lapic *l)
+{
+	scope_lock(&l->lock);
+	int vector = highest(l->isr);
+
+	/* Not where somebody waits for the end: a request of lower priority, or the IOAPIC for a level. */
+	l->eoi_offered = vector >= 0 && highest(l->irr) < 0 && !(l->tmr[vector >> 5] & 1u << (vector & 31));
+	return l->eoi_offered;
+}
+
+void lapic_eoi_settle(struct lapic *l, bool ended, struct wakeups *w)
+{
+	{
+		scope_lock(&l->lock);
+		if (!l->eoi_offered) /* an INIT came between */
+			return;
+		l->eoi_offered = false;
+	}
+	if (ended)
+		lapic_eoi(l, w);
+}
+
 /* An interrupt of the local vector table (SDM 11.5.1). */
 void lapic_raise_lvt(struct lapic *l, enum lapic_lvt which, struct wakeups *w)
 {
@@ -184,6 +207,7 @@ void lapic_reset(struct lapic *l, bool init)
 	memset(l->irr, 0, sizeof(l->irr));
 	memset(l->isr, 0, sizeof(l->isr));
 	memset(l->tmr, 0, sizeof(l->tmr));
+	l->eoi_offered = false;
 	atomic_store(&l->tpr, 0);
 	atomic_store(&l->svr, 0xff);
 	atomic_store(&l->dfr, 0xffffffff);

@@ -96,6 +96,7 @@ struct lapic {
 	struct lapic_timer timer;
 	atomic_bool pending; /* a vector can be delivered now */
 	atomic_bool extint;  /* LINT0 passes the 8259's INTR on */
+	bool eoi_offered;    /* the guest may have ended the highest vector in service, which is not known here yet */
 };
 
 void lapic_create(struct lapic *lapic, struct board *board, unsigned cpu);
@@ -107,11 +108,16 @@ void lapic_reset(struct lapic *lapic, bool init);
 bool lapic_deliver(struct board *board, const struct apic_message *message, struct wakeups *w);
 /* The vCPU's IPI: a write of the interrupt command register (SDM 11.6.1; 11.12.9 when `wide`). */
 void lapic_send_ipi(struct lapic *lapic, uint64_t icr, bool wide, struct wakeups *w);
+/* An interrupt to these local APICs, of the vector and mode that icr has; how many there were. */
+unsigned lapic_send_to(struct board *board, uint64_t set, uint32_t icr, struct wakeups *w);
 /* The 8259's INTR went up; called with the 8259's lock held. */
 void lapic_extint_raised(struct lapic *lapic, struct wakeups *w);
 
 /* The highest deliverable vector, moved from IRR to ISR, or -1. */
 int lapic_acknowledge(struct lapic *lapic);
+/* KVM's para-virtual EOI: see board_eoi_offer. */
+bool lapic_eoi_offer(struct lapic *lapic);
+void lapic_eoi_settle(struct lapic *lapic, bool ended, struct wakeups *w);
 void lapic_set_tpr(struct lapic *lapic, uint8_t tpr, struct wakeups *w);
 
 bool lapic_is_mapped_at(const struct lapic *lapic, uint64_t gpa);

@@ -150,3 +150,14 @@ void lapic_send_ipi(struct lapic *l, uint64_t icr, bool wide, struct wakeups *w)
 		set &= ~self;
 	send(board, set, &m, w);
 }
+
+unsigned lapic_send_to(struct board *board, uint64_t set, uint32_t icr, struct wakeups *w)
+{
+	const struct apic_message m = {.mode = icr >> 8 & 7, .vector = icr};
+
+	set &= targets(board, &(struct apic_message){.destination = BROADCAST});
+	if ((m.mode == APIC_FIXED || m.mode == APIC_LOWEST) && m.vector < 16)
+		return 0;
+	send(board, set, &m, w);
+	return (unsigned)__builtin_popcountll(set);
+}

@@ -103,6 +103,13 @@ void vcpu_startup(void *opaque, unsigned cpu, uint8_t vector)
 	vcpu_call(v, VCPU_CALL_STARTUP);
 }
 
+void vcpu_wake_up(void *opaque, unsigned cpu)
+{
+	struct vm *vm = opaque;
+
+	vcpu_call(&vm->vcpu[cpu], VCPU_CALL_WAKE);
+}
+
 /* ---- the thread ---- */
 
 static void tell_statistics(struct vcpu *v)

@@ -94,7 +94,8 @@ static int create_board(struct vm *vm, struct error *err)
 		.event = board_event,
 		.interrupt_ready = vcpu_interrupt_ready,
 		.init = vcpu_init,
-		.startup = vcpu_startup};
+		.startup = vcpu_startup,
+		.wake = vcpu_wake_up};
 	return board_create(&vm->board, &config, err);
 }
 
@@ -162,7 +163,11 @@ static int create_vcpus(struct vm *vm, struct error *err)
 		.cr8_read = board_cr8_read,
 		.cr8_write = board_cr8_write,
 		.interrupt_ack = board_interrupt_ack,
-		.interrupt_pending = board_interrupt_pending};
+		.interrupt_pending = board_interrupt_pending,
+		.eoi_offer = board_eoi_offer,
+		.eoi_settle = board_eoi_settle,
+		.send_ipi = board_send_ipi,
+		.wake = board_wake_cpu};
 	result = vm->engine->vm_create(&vm->engine_vm, &config, err);
 	for (unsigned i = 0; i < vm->cpus && result == 0; i++)
 		result = vm->engine->vcpu_create(vm->engine_vm, i, &vm->vcpu[i].engine, err);

@@ -44,6 +44,7 @@ enum vcpu_call {
 	VCPU_CALL_INIT = 1,	  /* INIT IPI */
 	VCPU_CALL_STARTUP = 2,	  /* SIPI, of startup_vector; after the INIT if both are there */
 	VCPU_CALL_STATISTICS = 4, /* tell the engine's counters */
+	VCPU_CALL_WAKE = 8,	  /* run on, whatever it waits for: the engine knows why */
 };
 
 struct vcpu {
@@ -119,6 +120,7 @@ void vcpu_call(struct vcpu *v, unsigned calls);
 void vcpu_interrupt_ready(void *opaque, unsigned cpu);
 void vcpu_init(void *opaque, unsigned cpu);
 void vcpu_startup(void *opaque, unsigned cpu, uint8_t vector);
+void vcpu_wake_up(void *opaque, unsigned cpu);
 
 /* start.c: first states, set on the vCPU's own thread. */
 int vcpu_set_boot_state(struct vcpu *v, const struct boot_entry *entry, struct error *err);

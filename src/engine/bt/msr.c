@@ -236,6 +236,7 @@ int msr_read(struct bt_vcpu *v, uint32_t msr, uint64_t *value)
 {
 	if (is_board_msr(msr)) {
 		fpu_park(v);
+		paravirt_eoi_settle(v);
 		return v->board->msr_read(v->board->opaque, v->index, msr, value) ? 0 : msr_refuse(v);
 	}
 	switch (msr) {
@@ -402,6 +403,7 @@ int msr_write(struct bt_vcpu *v, uint32_t msr, uint64_t value)
 
 	if (is_board_msr(msr)) {
 		fpu_park(v);
+		paravirt_eoi_settle(v);
 		return v->board->msr_write(v->board->opaque, v->index, msr, value) ? 0 : msr_refuse(v);
 	}
 	switch (msr) {
@@ -474,7 +476,6 @@ void msr_reset(struct bt_vcpu *v)
 	 * differ between them. */
 	v->tsc_offset -= v->tsc_adjust;
 	v->tsc_adjust = 0;
-	v->pv_system_time = v->pv_wall_clock = 0;
 	for (unsigned i = 0; i < ARRAY_SIZE(v->mtrr_fixed); i++)
 		v->mtrr_fixed[i] = i == 2 ? 0 : write_back;
 	for (unsigned i = 0; i < MTRR_VARIABLE; i++)

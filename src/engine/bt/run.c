@@ -129,9 +129,12 @@ static void take_interrupt(struct bt_vcpu *v)
 
 	v->irq_pending = 0;
 	fpu_park(v);
+	paravirt_eoi_settle(v);
 	vector = v->board->interrupt_ack(v->board->opaque, v->index);
 	if (vector < 0)
 		return;
+	paravirt_eoi_offer(v);
+	paravirt_tick(v);
 	v->irq_pending = 1; /* there may be more */
 	v->halted = false;
 	v->private->statistics[STAT_INTERRUPTS]++;
@@ -174,6 +177,10 @@ static enum next on_result(struct bt_vcpu *v, enum system_result r, struct engin
 		return on_fault(v, exit);
 	case SYSTEM_HALT:
 		v->private->statistics[STAT_HALTS]++;
+		if (atomic_exchange(&v->pv_unhalted, false)) {
+			v->halted = false;
+			return GO_ON;
+		}
 		v->halted = true;
 		v->shadow = 0;
 		return leave(exit, ENGINE_EXIT_HALTED);
@@ -281,6 +288,7 @@ static void run(struct bt_vcpu *v, unsigned budget, struct engine_exit *exit)
 	syscall(SYS_arch_prctl, ARCH_SET_GS, v);
 	memset(exit, 0, sizeof(*exit));
 	exclusive_enter_running(v);
+	paravirt_enter(v);
 	v->irq_pending = 1; /* whatever came meanwhile is seen at the first look */
 	for (;;) {
 		uint32_t jump_mode;
@@ -338,6 +346,8 @@ static void run(struct bt_vcpu *v, unsigned budget, struct engine_exit *exit)
 	}
 	v->mode &= ~(uint32_t)BT_MODE_SINGLE;
 	fpu_park(v);
+	paravirt_eoi_settle(v);
+	paravirt_leave(v);
 	exclusive_leave_running(v);
 }
 
@@ -551,7 +561,8 @@ static void bt_vcpu_run(struct engine_vcpu *vcpu, struct engine_exit *exit)
 {
 	struct bt_vcpu *v = &vcpu->bt;
 
-	if (v->halted && v->iflag && v->board->interrupt_pending(v->board->opaque, v->index))
+	if (v->halted && (atomic_exchange(&v->pv_unhalted, false) ||
+		(v->iflag && v->board->interrupt_pending(v->board->opaque, v->index))))
 		v->halted = false;
 	run(v, 0, exit);
 }

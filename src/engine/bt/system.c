@@ -544,6 +544,10 @@ static int execute_plain(struct bt_vcpu *v, const struct bt_decoded *d)
 		return xgetbv_execute(v);
 	case ZYDIS_MNEMONIC_XSETBV:
 		return xsetbv_execute(v);
+	case ZYDIS_MNEMONIC_VMCALL: /* each maker's, on both: a guest that has moved between them still works */
+	case ZYDIS_MNEMONIC_VMMCALL:
+		paravirt_hypercall(v);
+		return 0;
 	case ZYDIS_MNEMONIC_UD0:
 	case ZYDIS_MNEMONIC_UD1:
 	case ZYDIS_MNEMONIC_UD2:
@@ -566,7 +570,6 @@ static int execute_plain(struct bt_vcpu *v, const struct bt_decoded *d)
 	case ZYDIS_MNEMONIC_ENCLV:
 	case ZYDIS_MNEMONIC_INVEPT:
 	case ZYDIS_MNEMONIC_INVVPID:
-	case ZYDIS_MNEMONIC_VMCALL:
 	case ZYDIS_MNEMONIC_VMCLEAR:
 	case ZYDIS_MNEMONIC_VMFUNC:
 	case ZYDIS_MNEMONIC_VMLAUNCH:
@@ -577,7 +580,6 @@ static int execute_plain(struct bt_vcpu *v, const struct bt_decoded *d)
 	case ZYDIS_MNEMONIC_VMWRITE:
 	case ZYDIS_MNEMONIC_VMXOFF:
 	case ZYDIS_MNEMONIC_VMXON:
-	case ZYDIS_MNEMONIC_VMMCALL:
 	case ZYDIS_MNEMONIC_VMRUN:
 	case ZYDIS_MNEMONIC_VMLOAD:
 	case ZYDIS_MNEMONIC_VMSAVE:
@@ -643,6 +645,7 @@ void system_reset(struct bt_vcpu *v, bool init)
 	v->halted = v->triple_fault = false;
 	v->fault.vector = 0;
 	v->fault.software = v->fault.has_error = false;
+	paravirt_reset(v, init);
 	if (!init) {
 		v->xcr0 = 1;
 		msr_reset(v);

@@ -20,7 +20,7 @@ enum system_result {
  * SYSENTER SYSEXIT, IRET (16, 32, 64), INT n INT3 INT1 INTO, far JMP CALL RET, MOV to and from segment registers, PUSH and
  * POP of them, LDS LES LFS LGS LSS, SWAPGS, RDFSBASE and its three sisters, CLI STI PUSHF POPF STAC CLAC, XGETBV XSETBV,
  * MONITOR MWAIT (#UD), CLFLUSH and its sisters (no effect but #PF), UD0-2, and in 32-bit and 16-bit code too where it
- * exists there. VMCALL, VMMCALL, RSM, SKINIT etc. raise #UD. */
+ * exists there. VMCALL and VMMCALL are KVM's hypercalls (paravirt.c). RSM, SKINIT etc. raise #UD. */
 enum system_result system_execute(struct bt_vcpu *v, const struct bt_decoded *d);
 
 /* Delivers v->fault through the IDT (long mode: IST, privilege change, error code; protected mode: 16 and 32-bit
@@ -34,6 +34,16 @@ void interrupt_deliver(struct bt_vcpu *v, uint8_t vector);
  * 0xf000 base 0xffff0000, rip 0xfff0. On INIT, MSRs, MTRRs, TSC and XCR0/x87 survive as the table says. Calls
  * bt_mode_update and bt_tlb_flush. */
 void system_reset(struct bt_vcpu *v, bool init);
+
+/* KVM's para-virtual interfaces around the running of a vCPU (paravirt.c); the vector state is parked. The time between
+ * enter and leave is the vCPU's own but for what is stolen; tick brings that up to date now and then. */
+void paravirt_enter(struct bt_vcpu *v);
+void paravirt_leave(struct bt_vcpu *v);
+void paravirt_tick(struct bt_vcpu *v);
+/* The interrupt just acknowledged may be ended by the guest in its memory; has it been? Settled before anybody looks at
+ * the vCPU's APIC again. Settle parks the vector state itself. */
+void paravirt_eoi_offer(struct bt_vcpu *v);
+void paravirt_eoi_settle(struct bt_vcpu *v);
 
 /* After segments[s] was changed from outside (vcpu_set): keeps fs_base, gs_base, cpl in step. */
 void bt_segment_loaded(struct bt_vcpu *v, int s);

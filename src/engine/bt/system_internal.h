@@ -181,11 +181,14 @@ int sysexit_execute(struct bt_vcpu *v, unsigned size);
 uint64_t flags_merge(const struct bt_vcpu *v, uint64_t image, unsigned size);
 
 /* ---- paravirt.c ---- */
-/* True: msr is one of KVM's clock and was read; *result of a write: 0 or BT_FAULT. */
+/* True: msr is one of KVM's and was read; *result of a write: 0 or BT_FAULT. */
 bool paravirt_read(struct bt_vcpu *v, uint32_t msr, uint64_t *value);
 bool paravirt_write(struct bt_vcpu *v, uint32_t msr, uint64_t value, int *result);
 /* The guest has moved its TSC: its clock has to stay. */
 void paravirt_tsc_moved(struct bt_vcpu *v);
+void paravirt_reset(struct bt_vcpu *v, bool init);
+/* VMCALL or VMMCALL; RAX is the result. */
+void paravirt_hypercall(struct bt_vcpu *v);
 
 /* ---- msr.c, cpuid.c ---- */
 int msr_read(struct bt_vcpu *v, uint32_t msr, uint64_t *value);

@@ -328,6 +328,7 @@ void tlb_drop_host_page(struct bt_vcpu *v, const uint8_t *host)
 static void device_access(struct bt_vcpu *v, uint64_t gpa, uint8_t *bytes, unsigned size, bool write)
 {
 	fpu_park(v);
+	paravirt_eoi_settle(v); /* the device may be the APIC */
 	while (size) {
 		unsigned n = size >= 8 && !(gpa & 7) ? 8 : size >= 4 && !(gpa & 3) ? 4 : size >= 2 && !(gpa & 1) ? 2 : 1;
 		uint64_t value = 0;

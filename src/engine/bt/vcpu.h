@@ -135,7 +135,11 @@ struct bt_vcpu {
 	uint64_t star, lstar, cstar, sfmask, kernel_gs_base, sysenter_cs, sysenter_esp, sysenter_eip, pat, tsc_aux;
 	uint64_t mtrr_def_type, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8], misc_enable, spec_ctrl;
 	uint64_t tsc_adjust, unknown_msrs; /* unknown_msrs: accesses refused with #GP */
-	uint64_t pv_system_time, pv_wall_clock; /* MSRs of KVM's clock (paravirt.c) */
+	/* paravirt.c: KVM's MSRs; ns of steal time, and the clocks when it was last counted */
+	uint64_t pv_system_time, pv_wall_clock, pv_steal, pv_eoi;
+	uint64_t pv_stolen, pv_since, pv_cpu_since;
+	bool pv_eoi_offered;
+	_Atomic bool pv_unhalted; /* any thread sets it: the next HLT, or the one it is in, ends */
 	struct bt_fault fault;
 	bool halted, triple_fault;
 

@@ -26,6 +26,15 @@ bool memory_write(struct guest_memory *memory, uint64_t gpa, const void *from, u
 	return true;
 }
 
+void *memory_for_write(struct guest_memory *memory, uint64_t gpa, uint64_t len)
+{
+	return gpa < FAKE_MEMORY && len <= FAKE_MEMORY - gpa ? fake.memory + gpa : NULL;
+}
+
+void memory_wrote(struct guest_memory *memory, uint64_t gpa, uint64_t len)
+{
+}
+
 void fpu_unpark(struct bt_vcpu *v)
 {
 }
@@ -221,12 +230,38 @@ static void cr8_write(void *opaque, unsigned cpu, uint8_t value)
 	fake.cr8 = value;
 }
 
+static bool eoi_offer(void *opaque, unsigned cpu)
+{
+	return !fake.eoi_refused;
+}
+
+static void eoi_settle(void *opaque, unsigned cpu, bool ended)
+{
+	fake.eoi_ended = ended;
+}
+
+static unsigned send_ipi(void *opaque, unsigned cpu, uint64_t cpus, uint32_t icr)
+{
+	fake.ipi_cpus = cpus;
+	fake.ipi_icr = icr;
+	return (unsigned)__builtin_popcountll(cpus);
+}
+
+static void wake(void *opaque, unsigned cpu)
+{
+	fake.woken++;
+}
+
 static const struct engine_board board = {.pio_read = pio_read,
 	.pio_write = pio_write,
 	.msr_read = msr_read_board,
 	.msr_write = msr_write_board,
 	.cr8_read = cr8_read,
-	.cr8_write = cr8_write};
+	.cr8_write = cr8_write,
+	.eoi_offer = eoi_offer,
+	.eoi_settle = eoi_settle,
+	.send_ipi = send_ipi,
+	.wake = wake};
 
 /* ---- set-up ---- */
 

@@ -46,6 +46,10 @@ struct fake {
 	uint64_t tsc, port_value, msr_value, apic_base;
 	unsigned port, port_size, ports;
 	uint8_t cr8;
+	bool eoi_refused, eoi_ended; /* what the board answers and was told */
+	uint64_t ipi_cpus;
+	uint32_t ipi_icr;
+	int woken;
 };
 extern struct fake fake;
 

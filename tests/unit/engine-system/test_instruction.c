@@ -3,6 +3,8 @@
 
 #include "fake.h"
 
+#include "engine/bt/bt.h"
+
 static void test_segment_loads(void **state)
 {
 	struct bt_vcpu *v = fake_long(0);
@@ -351,7 +353,6 @@ static void test_control(void **state)
 	assert_fault(EXECUTE(0x0f, 0x01, 0xf8), VECTOR_GP, 0);	/* swapgs */
 	assert_fault(EXECUTE(0x0f, 0x01, 0xca), VECTOR_UD, -1); /* clac */
 	assert_fault(EXECUTE(0x0f, 0x0b), VECTOR_UD, -1);
-	assert_fault(EXECUTE(0x0f, 0x01, 0xc1), VECTOR_UD, -1); /* vmcall */
 }
 
 static void test_flags(void **state)
@@ -522,6 +523,100 @@ static void test_kvm_clock(void **state)
 	assert_int_equal(v->pv_system_time, 0);
 }
 
+static int64_t hypercall(uint64_t number, uint64_t a, uint64_t b, uint64_t c, uint64_t d)
+{
+	uint64_t *g = fake.v->gprs;
+
+	g[ENGINE_RAX] = number;
+	g[ENGINE_RBX] = a;
+	g[ENGINE_RCX] = b;
+	g[ENGINE_RDX] = c;
+	g[ENGINE_RSI] = d;
+	assert_int_equal(EXECUTE(0x0f, 0x01, number & 1 ? 0xc1 : 0xd9), SYSTEM_DONE); /* vmcall, vmmcall */
+	return (int64_t)g[ENGINE_RAX];
+}
+
+static void test_hypercalls(void **state)
+{
+	struct bt_vcpu *v = fake_long(0);
+
+	assert_int_equal(hypercall(99, 0, 0, 0, 0), -1000);
+	assert_int_equal(hypercall(11, 0, 0, 0, 0), 0);
+	assert_int_equal(hypercall(10, 5, 0, 1, 0xfd), 2);
+	assert_int_equal(fake.ipi_cpus, 10);
+	assert_int_equal(fake.ipi_icr, 0xfd);
+	assert_int_equal(hypercall(10, 1ull << 63, 1, 0, 0xfd), 1);
+	assert_int_equal(hypercall(10, ~0ull, ~0ull, 64, 0xfd), 0);
+	assert_int_equal(hypercall(10, 1, 0, ~0ull, 0xfd), 0);
+	assert_int_equal(hypercall(10, 1, 0, 0, 0x8fd), -22);
+	assert_int_equal(hypercall(5, 0, 0, 0, 0), 0);
+	assert_int_equal(fake.woken, v->vm->vcpu[0] ? 1 : 0);
+	assert_int_equal(hypercall(5, 0, 64, 0, 0), 0);
+	assert_int_equal(hypercall(5, 0, ~0ull, 0, 0), 0);
+	fake_use_model("host,-kvm-send-ipi,-kvm-unhalt,-kvm-sched-yield,-kvm-eoi,-kvm-steal-time,-kvm-clock");
+	for (unsigned n = 5; n < 12; n++)
+		assert_int_equal(hypercall(n, 0, 0, 0, 0), -1000);
+	for (uint32_t msr = 0x4b564d00; msr < 0x4b564d08; msr++)
+		assert_fault(wrmsr(msr, 0), VECTOR_GP, 0);
+	fake_use_model("host");
+	v = fake_long(3);
+	assert_int_equal(hypercall(11, 0, 0, 0, 0), -1);
+}
+
+static void test_kvm_eoi(void **state)
+{
+	struct bt_vcpu *v = fake_long(0);
+
+	assert_fault(wrmsr(0x4b564d04, 0x6003), VECTOR_GP, 0);
+	assert_fault(wrmsr(0x4b564d04, FAKE_MEMORY | 1), VECTOR_GP, 0);
+	paravirt_eoi_offer(v); /* not enabled */
+	assert_false(v->pv_eoi_offered);
+	assert_int_equal(wrmsr(0x4b564d04, 0x6005), SYSTEM_DONE);
+	paravirt_eoi_offer(v);
+	assert_int_equal(peek(0x6004, 4), 1);
+	paravirt_eoi_settle(v); /* the guest did nothing: it has to write to the APIC */
+	assert_int_equal(peek(0x6004, 4), 0);
+	assert_false(fake.eoi_ended);
+	paravirt_eoi_offer(v);
+	poke(0x6004, 0, 4);
+	paravirt_eoi_settle(v);
+	assert_true(fake.eoi_ended);
+	fake.eoi_refused = true;
+	paravirt_eoi_offer(v);
+	assert_int_equal(peek(0x6004, 4), 0);
+	system_reset(v, true);
+	assert_int_equal(v->pv_eoi, 0);
+}
+
+static void test_steal_time(void **state)
+{
+	struct bt_vcpu *v = fake_long(0);
+	struct timespec pause = {.tv_nsec = 20000000};
+
+	assert_fault(wrmsr(0x4b564d03, 0x6003), VECTOR_GP, 0);
+	assert_fault(wrmsr(0x4b564d03, (FAKE_MEMORY - 32) | 1), VECTOR_GP, 0);
+	assert_int_equal(wrmsr(0x4b564d03, 0x6041), SYSTEM_DONE);
+	paravirt_enter(v);
+	nanosleep(&pause, NULL); /* the thread sleeps in the middle: as if the host had taken the processor away */
+	paravirt_tick(v);
+	assert_in_range(peek(0x6040, 8), 15000000, 10000000000);
+	assert_int_equal(peek(0x6048, 4) & 1, 0);
+	v->halted = true;
+	paravirt_leave(v);
+	assert_int_equal(peek(0x6050, 1), 1);
+	poke(0x6050, 3, 1); /* another vCPU wants the TLB flushed */
+	fake.flushes = 0;
+	nanosleep(&pause, NULL); /* sleep in HLT is nobody's fault */
+	uint64_t stolen = peek(0x6040, 8);
+	paravirt_enter(v);
+	assert_int_equal(peek(0x6050, 1), 0);
+	assert_int_equal(fake.flushes, 1);
+	v->halted = false;
+	paravirt_leave(v);
+	assert_int_equal(peek(0x6050, 1), 0);
+	assert_in_range(peek(0x6040, 8), stolen, stolen + 15000000);
+}
+
 static void test_bases(void **state)
 {
 	struct bt_vcpu *v = fake_long(0);
@@ -663,6 +758,9 @@ const struct CMUnitTest instruction_tests[] = {
 	cmocka_unit_test(test_flags),
 	cmocka_unit_test(test_msr_round_trips),
 	cmocka_unit_test(test_kvm_clock),
+	cmocka_unit_test(test_hypercalls),
+	cmocka_unit_test(test_kvm_eoi),
+	cmocka_unit_test(test_steal_time),
 	cmocka_unit_test(test_bases),
 	cmocka_unit_test(test_ports),
 	cmocka_unit_test(test_invalidation),

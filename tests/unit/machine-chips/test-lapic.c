@@ -30,6 +30,54 @@ static uint64_t rdmsr(struct fixture *f, unsigned cpu, uint32_t msr)
 	return value;
 }
 
+/* KVM's para-virtual EOI: the guest's end of an interrupt is known here only later. */
+static void test_offered_end(void **state)
+{
+	struct fixture f;
+	unsigned kicks;
+
+	fixture_start(&f, 1);
+	apic_enable(&f, 0);
+	assert_false(board_eoi_offer(f.board, 0)); /* nothing in service */
+	self_ipi(&f, 0, 0x61);
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x61);
+	assert_true(board_eoi_offer(f.board, 0));
+	/* A request below: not deliverable as far as is known, but the vCPU has to look. */
+	kicks = atomic_load(&f.kicks[0]);
+	self_ipi(&f, 0, 0x41);
+	assert_false(board_interrupt_pending(f.board, 0));
+	assert_true(atomic_load(&f.kicks[0]) > kicks);
+	board_eoi_settle(f.board, 0, true);
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x41);
+	/* Not ended: it stays in service. */
+	assert_true(board_eoi_offer(f.board, 0));
+	board_eoi_settle(f.board, 0, false);
+	self_ipi(&f, 0, 0x31);
+	assert_false(board_interrupt_pending(f.board, 0));
+	assert_false(board_eoi_offer(f.board, 0)); /* a request waits for the end */
+	apic_write(&f, 0, 0xb0, 0);
+	assert_int_equal(board_interrupt_ack(f.board, 0), 0x31);
+	board_eoi_settle(f.board, 0, true); /* without an offer: nothing */
+	self_ipi(&f, 0, 0x21);
+	assert_false(board_interrupt_pending(f.board, 0));
+	fixture_stop(&f);
+}
+
+static void test_send_to(void **state)
+{
+	struct fixture f;
+
+	fixture_start(&f, 3);
+	for (unsigned i = 0; i < 3; i++)
+		apic_enable(&f, i);
+	assert_int_equal(board_send_ipi(f.board, 0, ~1ull, 0x55), 2);
+	assert_false(board_interrupt_pending(f.board, 0));
+	assert_int_equal(board_interrupt_ack(f.board, 1), 0x55);
+	assert_int_equal(board_interrupt_ack(f.board, 2), 0x55);
+	assert_int_equal(board_send_ipi(f.board, 0, 7, 3), 0); /* no vector */
+	fixture_stop(&f);
+}
+
 static void test_power_on(void **state)
 {
 	struct fixture f;
@@ -372,6 +420,8 @@ const struct CMUnitTest lapic_tests[] = {
 	cmocka_unit_test(test_tsc_deadline),
 	cmocka_unit_test(test_modes),
 	cmocka_unit_test(test_x2apic),
+	cmocka_unit_test(test_offered_end),
+	cmocka_unit_test(test_send_to),
 	cmocka_unit_test(test_threads),
 };
 const size_t lapic_test_count = ARRAY_SIZE(lapic_tests);
