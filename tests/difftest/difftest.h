@@ -81,6 +81,7 @@ struct form {
 	uint8_t encoding, map, opcode, prefix_66, prefix_rep, prefix_67, prefix_lock, w, ll, b, z, aaa;
 	uint8_t mod, reg, rm;
 	bool has_modrm, reg_free, rm_free, vvvv_free, opcode_free;
+	bool rm_general; /* ModRM.rm names a general register */
 	bool privileged; /* raises #GP or #UD outside ring 0: only run there */
 	bool image;	 /* stores or loads FPU environment images: only as a case's last instruction */
 	bool control_flow;

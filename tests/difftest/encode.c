@@ -103,6 +103,9 @@ static uint8_t *put_evex(const struct form *f, struct rng *rng, int base, uint8_
 
 	if (base >= 0 && f->mod != 3)
 		rxbr = (rxbr & 9) | 4 | !(base >> 3) << 1; /* inverted */
+	/* X extends a vector register in ModRM.rm and means nothing for a general one, where some CPUs then use a stale rsp */
+	if (f->mod == 3 && f->rm_general)
+		rxbr |= 4;
 	*p++ = 0x62;
 	*p++ = rxbr << 4 | f->map;
 	*p++ = w << 7 | (vvvv & 15) << 3 | 4 | f->prefix_66;

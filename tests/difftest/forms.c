@@ -343,6 +343,9 @@ static void classify(struct form *f, const ZydisDecodedInstruction *insn, const 
 	for (unsigned i = 0; i < insn->operand_count; i++) {
 		f->reg_free |= ops[i].encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG;
 		f->rm_free |= ops[i].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM;
+		f->rm_general |= ops[i].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM &&
+				 ops[i].type == ZYDIS_OPERAND_TYPE_REGISTER &&
+				 ops[i].reg.value >= ZYDIS_REGISTER_AL && ops[i].reg.value <= ZYDIS_REGISTER_R15;
 		f->vvvv_free |= ops[i].encoding == ZYDIS_OPERAND_ENCODING_NDSNDD;
 	}
 }

@@ -520,7 +520,8 @@ static void add_random(struct builder *b, bool last)
 			memcpy(b->t->state.gpr, gpr, sizeof(gpr));
 			continue;
 		}
-		if (last && !f->control_flow && rng_chance(&b->rng, 100))
+		if (last && !f->control_flow && b->t->code_address + b->t->code_length + 16 <= CODE_END &&
+			rng_chance(&b->rng, 100))
 			make_illegal(b);
 		if (f->control_flow)
 			prepare_branch(b);

@@ -97,6 +97,7 @@ struct bt_vm {
 	const uint8_t *exit_link[2];	     /* r10: struct bt_site; flags in memory, or [1] in the host's */
 	const uint8_t *exit_system[2];
 	const uint8_t *exit_slow;	     /* r10: struct bt_site */
+	const uint8_t *string;		     /* r10: struct bt_site, r11: where to go on; a call of bt_string */
 	const uint8_t *slow[BT_SETS][8][4];  /* by set, log2 of size (7: 10 bytes), bit 0 write, bit 1 masked */
 
 	/* exclusive sections */
@@ -123,6 +124,8 @@ struct fetch_entry {
 
 struct bt_private {
 	struct fetch_entry fetch[BT_SETS][BT_FETCH_ENTRIES];
+	uint16_t jumps_filled[BT_SETS][512]; /* jump cache entries in use, for clearing */
+	unsigned jumps_count[BT_SETS];	     /* over 512: look at all */
 	uint64_t jump_pages[BT_SETS][64];	/* which hashed pages the jump caches may hold */
 	uint64_t large_base[BT_SETS], large_mask[BT_SETS]; /* region that holds all large pages cached */
 	uint16_t filled[BT_SETS][256];	/* TLB entries that are not global, for flushing */
@@ -195,6 +198,8 @@ const struct fetch_entry *tlb_fetch(struct bt_vcpu *v, uint64_t linear);
 /* The page of `linear` for an access that a C function makes for the current privilege: host address of the page when it is
  * RAM (code pages too: call cache_page_written for *index after writing), NULL with *fault false when it is not RAM. */
 uint8_t *tlb_host_page(struct bt_vcpu *v, uint64_t linear, bool write, bool user, uint64_t *index, bool *fault);
+/* v->rip of the instruction whose translation host_pc lies in. */
+void tlb_find_rip(struct bt_vcpu *v, uint64_t host_pc);
 void tlb_drop_host_page(struct bt_vcpu *v, const uint8_t *host); /* its write tags */
 void tlb_clear_jumps(struct bt_vcpu *v);
 void tlb_reset(struct bt_vcpu *v);
@@ -209,6 +214,8 @@ static inline unsigned jump_index(uint64_t pc)
 
 /* ---- slow.c ---- */
 enum system_result slow_execute(struct bt_vcpu *v);
+/* Translated code came from v->resume with v->rip not canonical: undoes an indirect branch, whose fault it is. */
+enum system_result slow_branch_fault(struct bt_vcpu *v);
 /* system_execute, with the vector state parked where the board is called. */
 enum system_result slow_system(struct bt_vcpu *v, const struct bt_decoded *d);
 int slow_create(struct bt_vcpu *v);
@@ -233,6 +240,8 @@ void fpu_reset(struct bt_vcpu *v);
 
 /* ---- called from translated code ---- */
 uint64_t bt_slow_access(struct bt_vcpu *v, uint64_t linear);
+/* A string instruction. 1: go on behind it; 0: v->exit_code and v->rip are set. */
+uint64_t bt_string(struct bt_vcpu *v, const struct bt_site *site);
 
 /* Without the C library, which may use the registers that hold the guest's vector state. Powers of two up to 8 bytes are
  * copied in one access each. */

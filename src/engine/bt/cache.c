@@ -64,7 +64,7 @@ static void make_stubs(struct bt_vm *vm)
 {
 	struct emitter stubs = { .p = vm->code_write, .end = vm->code_write + 65536, .to_run = vm->code_run - vm->code_write };
 	struct emitter *e = &stubs;
-	const uint8_t *slow_common;
+	const uint8_t *slow_common, *leave;
 	uint8_t *fail;
 
 	/* void enter(struct bt_vcpu *v, const uint8_t *code) */
@@ -125,10 +125,26 @@ static void make_stubs(struct bt_vm *vm)
 	EMIT(e, 0x65, 0xff, 0x24, 0x25); /* jmp gs:[resume] */
 	emit32(e, V(resume));
 	emit_land(e, fail);
+	leave = emit_here(e);
 	emit_save(e, CALLEE_SAVED);
 	emit_load(e, RSP, V(host_rsp));
 	EMIT(e, 0x48, 0x83, 0xc4, 0x08);
 	EMIT(e, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3);
+
+	/* A string instruction in the middle of a block. */
+	vm->string = stub_begin(e);
+	emit_store(e, V(resume), R11);
+	emit_save(e, CALLER_SAVED | 1u << RSP);
+	emit_load(e, RDI, V(self));
+	emit_move(e, RSI, R10);
+	emit_load(e, RSP, V(host_rsp));
+	emit_imm64(e, RAX, (uint64_t)(uintptr_t)bt_string);
+	EMIT(e, 0xff, 0xd0);
+	EMIT(e, 0x48, 0x85, 0xc0);
+	emit_jcc(e, CC_E, leave);
+	emit_reload(e, CALLER_SAVED | 1u << RSP);
+	EMIT(e, 0x65, 0xff, 0x24, 0x25);
+	emit32(e, V(resume));
 
 	for (unsigned set = 0; set < BT_SETS; set++) {
 		for (unsigned class = 0; class < 8; class++) {

@@ -1,22 +1,80 @@
 #include "engine/bt/insn.h"
 
+#include <cpuid.h>
+
 #include "engine/bt/bt.h"
 
 #define ALL FLAGS_ARITHMETIC
 
 const ZydisDecoder *insn_decoder(uint32_t mode)
 {
-	static ZydisDecoder decoders[3];
+	static ZydisDecoder decoders[4];
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
 	void prepare(void)
 	{
 		ZydisDecoderInit(&decoders[0], ZYDIS_MACHINE_MODE_LEGACY_16, ZYDIS_STACK_WIDTH_16);
 		ZydisDecoderInit(&decoders[1], ZYDIS_MACHINE_MODE_LEGACY_32, ZYDIS_STACK_WIDTH_32);
 		ZydisDecoderInit(&decoders[2], ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+		/* In 64-bit mode AMD's near branches take an operand-size prefix (APM volume 3, 1.2.7); Intel's ignore it. */
+		ZydisDecoderInit(&decoders[3], ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+		ZydisDecoderEnableMode(&decoders[3], ZYDIS_DECODER_MODE_AMD_BRANCHES, ZYAN_TRUE);
 	}
+	unsigned code = (mode & BT_MODE_CODE) >> 2;
 
 	pthread_once(&once, prepare);
-	return &decoders[(mode & BT_MODE_CODE) >> 2];
+	return &decoders[code == 2 && (mode & BT_MODE_AMD) ? 3 : code];
+}
+
+/* SDM volume 2, table 2-3: with ModRM.mod 0, a SIB base of 5 means no base but a disp32, whatever REX.B says. Zydis 4.0
+ * takes r13d for the base there when the address size is 32 bits. */
+static void mend_base(struct bt_decoded *d)
+{
+	const ZydisDecodedInstruction *n = &d->insn;
+
+	if (!(n->attributes & ZYDIS_ATTRIB_HAS_SIB) || n->raw.modrm.mod != 0 || n->raw.sib.base != 5 || n->address_width == 16)
+		return;
+	for (unsigned k = 0; k < n->operand_count; k++) {
+		ZydisDecodedOperand *op = &d->operands[k];
+
+		if (op->type == ZYDIS_OPERAND_TYPE_MEMORY && op->visibility == ZYDIS_OPERAND_VISIBILITY_EXPLICIT) {
+			op->mem.base = ZYDIS_REGISTER_NONE;
+			op->mem.disp.has_displacement = ZYAN_TRUE;
+			op->mem.disp.value = n->raw.disp.value;
+		}
+	}
+}
+
+bool host_is_amd(void)
+{
+	static int amd = -1;
+	uint32_t a, b, c, d;
+
+	if (amd < 0) {
+		__cpuid(0, a, b, c, d);
+		amd = b == 0x68747541 || b == 0x6f677948; /* Auth, Hygo */
+	}
+	return amd;
+}
+
+bool insn_is_narrow_branch(const ZydisDecodedInstruction *d, uint32_t mode)
+{
+	if ((mode & BT_MODE_CODE) != BT_MODE_CODE64 || !(mode & BT_MODE_AMD) || d->raw.rex.W)
+		return false;
+	for (unsigned k = 0; k < d->raw.prefix_count; k++)
+		if (d->raw.prefixes[k].value == 0x66)
+			return true;
+	return false;
+}
+
+/* UD0 and UD1 have no ModRM byte on AMD: at a page's end they do not reach for the next page. */
+static bool is_short_ud(const uint8_t *bytes, unsigned n)
+{
+	unsigned at = 0;
+
+	while (at < n && (bytes[at] == 0x66 || bytes[at] == 0x67 || (bytes[at] & 0xe7) == 0x26 || (bytes[at] & 0xfe) == 0x64 ||
+		bytes[at] == 0xf0 || (bytes[at] & 0xfe) == 0xf2 || (bytes[at] & 0xf0) == 0x40))
+		at++;
+	return host_is_amd() && at + 2 <= n && bytes[at] == 0x0f && (bytes[at + 1] == 0xb9 || bytes[at + 1] == 0xff);
 }
 
 bool insn_decode(struct insn *i, uint32_t mode, const uint8_t *bytes, unsigned n, bool *more)
@@ -28,11 +86,12 @@ bool insn_decode(struct insn *i, uint32_t mode, const uint8_t *bytes, unsigned n
 	*more = false;
 	status = ZydisDecoderDecodeInstruction(decoder, &context, bytes, min(n, 15u), &i->d.insn);
 	if (!ZYAN_SUCCESS(status)) {
-		*more = status == ZYDIS_STATUS_NO_MORE_DATA && n < 15;
+		*more = status == ZYDIS_STATUS_NO_MORE_DATA && n < 15 && !is_short_ud(bytes, n);
 		i->too_long = status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG || (status == ZYDIS_STATUS_NO_MORE_DATA && n >= 15);
 		return false;
 	}
 	ZydisDecoderDecodeOperands(decoder, &context, &i->d.insn, i->d.operands, i->d.insn.operand_count);
+	mend_base(&i->d);
 	memcpy(i->bytes, bytes, i->d.insn.length);
 	return true;
 }
@@ -67,6 +126,8 @@ static void insn_flags(const ZydisDecodedInstruction *d, uint32_t *tested, uint3
 	*tested = f->tested & ALL;
 	*touched = (f->modified | f->set_0 | f->set_1 | f->undefined) & ALL;
 	*killed = is_shift(d->mnemonic) ? 0 : *touched;
+	if (d->attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE))
+		*killed = 0; /* no repetition, no flags */
 	/* Undefined flags count as overwritten, or AF would be live everywhere; these two leave theirs alone on many CPUs and
 	 * programs have come to rely on it. */
 	if (d->mnemonic == ZYDIS_MNEMONIC_BSF || d->mnemonic == ZYDIS_MNEMONIC_BSR)
@@ -132,6 +193,8 @@ static enum insn_kind kind_by_mnemonic(const ZydisDecodedInstruction *d, uint32_
 	case ZYDIS_MNEMONIC_SWAPGS:
 		return (mode & BT_MODE_SET) == BT_SET_USER ? INSN_SYSTEM : INSN_SWAPGS;
 	case ZYDIS_MNEMONIC_NOP:
+		/* 0f 0d, prefetch of a register, is undefined on AMD and a nop on Intel. */
+		return d->opcode == 0x0d && d->raw.modrm.mod == 3 && mode & BT_MODE_AMD ? INSN_SYSTEM : INSN_NOTHING;
 	case ZYDIS_MNEMONIC_ENDBR32:
 	case ZYDIS_MNEMONIC_ENDBR64:
 	case ZYDIS_MNEMONIC_PREFETCH:
@@ -322,6 +385,7 @@ void insn_classify(struct insn *i, uint32_t mode)
 	insn_flags(d, &i->tested, &i->killed, &i->touched);
 	i->kind = kind_by_mnemonic(d, mode);
 	i->memory = NULL;
+	i->bits = false;
 	for (unsigned k = 0; k < d->operand_count; k++) {
 		const ZydisDecodedOperand *op = &i->d.operands[k];
 
@@ -354,6 +418,9 @@ void insn_classify(struct insn *i, uint32_t mode)
 	/* Expanding loads and compressing stores touch as many elements as the mask has bits set. */
 	if (i->memory && (d->meta.category == ZYDIS_CATEGORY_EXPAND || d->meta.category == ZYDIS_CATEGORY_COMPRESS))
 		i->kind = INSN_SLOW;
+	if (i->kind == INSN_BITS && (!i->memory || i->d.operands[1].type != ZYDIS_OPERAND_TYPE_REGISTER))
+		i->kind = INSN_PLAIN;
+	i->bits = i->kind == INSN_BITS;
 	if (!code64) {
 		/* What 32-bit code does with 16-bit addresses or stack slots is rare enough. */
 		if (d->address_width != 32 && (i->memory || i->kind == INSN_LEA || i->kind == INSN_LOOP))
@@ -364,15 +431,15 @@ void insn_classify(struct insn *i, uint32_t mode)
 			i->kind = INSN_SLOW;
 	} else if (d->operand_width == 16 && (i->kind == INSN_PUSH || i->kind == INSN_POP || i->kind == INSN_LEAVE)) {
 		i->kind = INSN_SLOW;
-	} else if ((d->attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE) &&
-		(i->kind == INSN_CALL || i->kind == INSN_RET || i->kind == INSN_JUMP || i->kind == INSN_JCC) &&
-		d->operand_width == 16) {
-		i->kind = INSN_SLOW; /* AMD truncates rip there, Intel ignores the prefix: slow.c does what the model does */
+	} else if (insn_is_narrow_branch(d, mode) &&
+		(i->kind == INSN_CALL || i->kind == INSN_RET || i->kind == INSN_JUMP || i->kind == INSN_JCC ||
+			i->kind == INSN_LOOP)) {
+		i->kind = INSN_SLOW; /* AMD truncates rip there, Intel ignores the prefix */
 	}
 	if (i->kind == INSN_POP && i->memory)
 		i->kind = INSN_SLOW; /* its address is formed after rsp has moved */
-	if (i->kind == INSN_BITS && (!i->memory || i->d.operands[1].type != ZYDIS_OPERAND_TYPE_REGISTER))
-		i->kind = INSN_PLAIN;
+	if (i->bits && code64 && d->address_width == 32)
+		i->kind = INSN_SLOW; /* the address wraps after the bit number has moved it */
 }
 
 uint32_t insn_flags_live(const uint8_t *page, unsigned offset, uint32_t mode)

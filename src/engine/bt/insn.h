@@ -8,7 +8,7 @@ enum insn_kind {
 	INSN_NOTHING,
 	INSN_SYSTEM, /* system_execute */
 	INSN_SLOW,   /* slow_execute */
-	INSN_LEA, INSN_PUSH, INSN_POP, INSN_LEAVE, INSN_CALL, INSN_RET, INSN_JUMP, INSN_JCC, INSN_LOOP,
+	INSN_STRING, INSN_LEA, INSN_PUSH, INSN_POP, INSN_LEAVE, INSN_CALL, INSN_RET, INSN_JUMP, INSN_JCC, INSN_LOOP,
 	INSN_CLI, INSN_STI, INSN_CLD, INSN_STD, INSN_SWAPGS, INSN_BITS, INSN_PUSHF, INSN_RDTSC, INSN_STAC, INSN_CLAC
 };
 
@@ -18,6 +18,7 @@ struct insn {
 	bool too_long;	/* not decoded: more than 15 bytes */
 	int32_t offset; /* from the start of the page */
 	enum insn_kind kind;
+	bool bits;	/* bt and its kin with a bit number that moves the address */
 	uint32_t tested, killed, touched; /* flags: read; surely overwritten; perhaps written */
 	uint32_t live_before, live_after;
 	const ZydisDecodedOperand *memory; /* the explicit memory operand, or NULL */
@@ -25,6 +26,10 @@ struct insn {
 
 /* Decodes from bytes (n of them are there); false: not an instruction, or longer than n (then *more is set). */
 bool insn_decode(struct insn *i, uint32_t mode, const uint8_t *bytes, unsigned n, bool *more);
+/* In 64-bit mode, a near branch whose operand-size prefix counts: AMD's cut rip to 16 bits. */
+bool insn_is_narrow_branch(const ZydisDecodedInstruction *d, uint32_t mode);
+/* The host's maker: what differs between makers and is not the model's to choose. */
+bool host_is_amd(void);
 /* Fills kind, flags and memory of a decoded instruction. */
 void insn_classify(struct insn *i, uint32_t mode);
 /* x87, MMX, SSE and above: what CR0.TS and CR0.EM hold off. */

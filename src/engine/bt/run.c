@@ -69,6 +69,8 @@ void bt_mode_update(struct bt_vcpu *v)
 		mode |= BT_MODE_NO_XSAVE;
 	if (real)
 		mode |= BT_MODE_REAL;
+	if (v->model->vendor == CPU_AMD)
+		mode |= BT_MODE_AMD;
 	v->mode = mode;
 }
 
@@ -199,6 +201,12 @@ static void fill_jump_cache(struct bt_vcpu *v, const struct bt_block *b)
 	uint64_t hashed = (v->rip >> 12) & 4095;
 	const struct fetch_entry *f = &p->fetch[set][(v->rip >> 12) & (BT_FETCH_ENTRIES - 1)];
 
+	if (j->pc == 1ull << 63) {
+		if (p->jumps_count[set] < ARRAY_SIZE(p->jumps_filled[set]))
+			p->jumps_filled[set][p->jumps_count[set]] = jump_index(v->rip);
+		if (p->jumps_count[set] <= ARRAY_SIZE(p->jumps_filled[set]))
+			p->jumps_count[set]++;
+	}
 	j->pc = v->rip;
 	j->code = b->entry_mem;
 	p->jump_pages[set][hashed >> 6] |= 1ull << (hashed & 63);
@@ -249,6 +257,8 @@ static enum next run_once(struct bt_vcpu *v, struct bt_site **link, struct engin
 	switch ((enum bt_exit)v->exit_code) {
 	case BT_EXIT_LOOKUP:
 		statistics[STAT_EXIT_LOOKUP]++;
+		if ((v->mode & BT_MODE_CODE) == BT_MODE_CODE64 && (uint64_t)((int64_t)(v->rip << 16) >> 16) != v->rip)
+			return on_result(v, slow_branch_fault(v), exit);
 		return GO_ON;
 	case BT_EXIT_LINK:
 		statistics[STAT_EXIT_LINK]++;
@@ -292,7 +302,8 @@ static void run(struct bt_vcpu *v, unsigned budget, struct engine_exit *exit)
 	v->irq_pending = 1; /* whatever came meanwhile is seen at the first look */
 	for (;;) {
 		uint32_t jump_mode;
-		bool single, stepping;
+		bool single, stepping, user;
+		uint64_t traps;
 
 		if (v->kick) {
 			link = NULL;
@@ -320,6 +331,8 @@ static void run(struct bt_vcpu *v, unsigned budget, struct engine_exit *exit)
 			break;
 		}
 		stepping = v->eflags & FLAG_TF;
+		user = v->cpl == 3;
+		traps = p->statistics[STAT_EXCEPTIONS];
 		single = stepping || v->shadow || budget || v->vm->single;
 		v->shadow = 0;
 		if (single) {
@@ -337,7 +350,8 @@ static void run(struct bt_vcpu *v, unsigned budget, struct engine_exit *exit)
 		if (run_once(v, &link, exit) == LEAVE)
 			break;
 		done++;
-		if (stepping && (v->eflags & FLAG_TF)) {
+		/* The trap comes after the instruction that began with TF set, unless that went into the kernel. */
+		if (stepping && traps == p->statistics[STAT_EXCEPTIONS] && user == (v->cpl == 3)) {
 			v->dr[6] |= 1 << 14;
 			bt_raise(v, VECTOR_DB);
 			if (on_fault(v, exit) == LEAVE)
@@ -408,13 +422,21 @@ static int bt_vm_create(struct engine_vm **made, const struct engine_config *con
 	return 0;
 }
 
+static void bt_vcpu_statistics(struct engine_vcpu *vcpu, char *text, size_t size);
+
 static void bt_vcpu_destroy(struct engine_vcpu *vcpu)
 {
+	char text[2048];
+
 	struct bt_private *p;
 
 	if (!vcpu)
 		return;
 	p = vcpu->bt.private;
+	if (getenv("HOSTEL_BT_STATISTICS")) {
+		bt_vcpu_statistics(vcpu, text, sizeof(text));
+		fprintf(stderr, "vCPU %u\n%s", vcpu->bt.index, text);
+	}
 	if (vcpu->bt.vm)
 		vcpu->bt.vm->vcpu[vcpu->bt.index] = NULL;
 	slow_destroy(&vcpu->bt);
@@ -619,5 +641,3 @@ const struct engine engine_bt = {
 	.vcpu_tsc = bt_vcpu_tsc,
 	.vcpu_statistics = bt_vcpu_statistics,
 };
-
-const struct engine *const engines[] = { &engine_bt, NULL };

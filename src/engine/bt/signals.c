@@ -20,10 +20,13 @@ static const int gpr_of[16] = { REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG
 
 static struct sigaction before[64];
 
-static void not_ours(int number)
+static void not_ours(int number, const siginfo_t *info)
 {
-	/* Comes again when the handler returns, and is then whatever it would have been without us. */
+	/* A fault comes again when the handler returns, and is then whatever it would have been without us; a signal that
+	 * somebody sent does not, so it is sent once more. */
 	sigaction(number, &before[number], NULL);
+	if (info->si_code <= 0)
+		raise(number);
 }
 
 static void handle(int number, siginfo_t *info, void *context)
@@ -35,15 +38,14 @@ static void handle(int number, siginfo_t *info, void *context)
 	struct bt_block *b;
 	unsigned offset, k;
 
-	(void)info;
 	if (!v || pc < v->vm->code_run || pc >= v->vm->code_run + v->vm->code_size) {
-		not_ours(number);
+		not_ours(number, info);
 		return;
 	}
 	b = cache_by_host(v->vm, pc);
 	if (!b || (vector != VECTOR_DE && vector != VECTOR_UD && vector != VECTOR_GP && vector != VECTOR_MF &&
 			  vector != VECTOR_XM && vector != VECTOR_NM && vector != VECTOR_SS)) {
-		not_ours(number); /* the engine's own fault */
+		not_ours(number, info); /* the engine's own fault */
 		return;
 	}
 	offset = (unsigned)(pc - b->entry_mem);

@@ -102,10 +102,19 @@ static bool is_canonical_range(uint64_t a, unsigned size)
 	return (uint64_t)((int64_t)(a << 16) >> 16) == a && (uint64_t)((int64_t)(b << 16) >> 16) == b;
 }
 
+static uint64_t base_of(const struct bt_vcpu *v, int s)
+{
+	if (s == ENGINE_FS)
+		return v->fs_base;
+	if (s == ENGINE_GS)
+		return v->gs_base;
+	return (v->mode & BT_MODE_CODE) == BT_MODE_CODE64 ? 0 : v->segments[s].base;
+}
+
 static int linear_of(struct bt_vcpu *v, int s, uint64_t offset, unsigned size, enum bt_access access, uint64_t *linear)
 {
 	if ((v->mode & BT_MODE_CODE) == BT_MODE_CODE64) {
-		*linear = offset + (s == ENGINE_FS ? v->fs_base : s == ENGINE_GS ? v->gs_base : 0);
+		*linear = offset + base_of(v, s);
 		if (!is_canonical_range(*linear, size ? size : 1))
 			return bt_raise_error(v, s == ENGINE_SS ? VECTOR_SS : VECTOR_GP, 0);
 		return 0;
@@ -121,6 +130,11 @@ static int segment_of(ZydisRegister segment)
 	return segment == ZYDIS_REGISTER_NONE ? ENGINE_DS : (int)(segment - ZYDIS_REGISTER_ES);
 }
 
+static uint64_t cut_address(const struct bt_decoded *d, uint64_t offset)
+{
+	return d->insn.address_width == 64 ? offset : d->insn.address_width == 32 ? (uint32_t)offset : (uint16_t)offset;
+}
+
 /* Base, index and displacement, cut to the address size. */
 static uint64_t effective_offset(const struct bt_vcpu *v, const struct bt_decoded *d, const ZydisDecodedOperand *op)
 {
@@ -132,9 +146,7 @@ static uint64_t effective_offset(const struct bt_vcpu *v, const struct bt_decode
 		offset += bt_register_read(v, op->mem.base);
 	if (op->mem.index != ZYDIS_REGISTER_NONE && reg_is_gpr(op->mem.index))
 		offset += bt_register_read(v, op->mem.index) * op->mem.scale;
-	if (d->insn.address_width == 32)
-		return (uint32_t)offset;
-	return d->insn.address_width == 16 ? (uint16_t)offset : offset;
+	return cut_address(d, offset);
 }
 
 int bt_effective_address(struct bt_vcpu *v, const struct bt_decoded *d, const ZydisDecodedOperand *op, unsigned size,
@@ -185,16 +197,28 @@ static int peek(struct bt_vcpu *v, unsigned depth, unsigned size, uint64_t *valu
 	return bt_read_linear(v, linear, value, size, is_user(v));
 }
 
-/* ---- control flow ---- */
-
-static uint64_t cut_rip(const struct bt_vcpu *v, uint64_t rip, unsigned operand_width)
+/* Would a write there fault? */
+static int check_linear(struct bt_vcpu *v, uint64_t linear, unsigned size)
 {
-	if ((v->mode & BT_MODE_CODE) == BT_MODE_CODE64)
-		return rip; /* Intel: the operand-size prefix has no effect on near branches */
-	return operand_width == 16 ? rip & 0xffff : rip & 0xffffffff;
+	uint64_t gpa;
+
+	if (bt_translate_address(v, linear, BT_WRITE, is_user(v), &gpa))
+		return BT_FAULT;
+	if ((linear & 0xfff) + size <= BT_PAGE_SIZE)
+		return 0;
+	return bt_translate_address(v, (linear + size - 1) & ~0xfffull, BT_WRITE, is_user(v), &gpa);
 }
 
-static int jump_to(struct bt_vcpu *v, uint64_t rip)
+/* ---- control flow ---- */
+
+static uint64_t cut_rip(const struct bt_vcpu *v, uint64_t rip, const struct bt_decoded *branch)
+{
+	if ((v->mode & BT_MODE_CODE) == BT_MODE_CODE64)
+		return branch && insn_is_narrow_branch(&branch->insn, v->mode) ? rip & 0xffff : rip;
+	return branch && branch->insn.operand_width == 16 ? rip & 0xffff : rip & 0xffffffff;
+}
+
+static int check_target(struct bt_vcpu *v, uint64_t rip)
 {
 	if ((v->mode & BT_MODE_CODE) == BT_MODE_CODE64) {
 		if (!is_canonical_range(rip, 1))
@@ -202,6 +226,13 @@ static int jump_to(struct bt_vcpu *v, uint64_t rip)
 	} else if (rip > v->segments[ENGINE_CS].limit) {
 		return bt_raise_error(v, VECTOR_GP, 0);
 	}
+	return 0;
+}
+
+static int jump_to(struct bt_vcpu *v, uint64_t rip)
+{
+	if (check_target(v, rip))
+		return BT_FAULT;
 	v->rip = rip;
 	return 0;
 }
@@ -226,7 +257,7 @@ static bool condition(const struct bt_vcpu *v, unsigned cc)
 
 static uint64_t target_of(const struct bt_vcpu *v, const struct bt_decoded *d)
 {
-	return cut_rip(v, v->rip + d->insn.length + (uint64_t)d->operands[0].imm.value.s, d->insn.operand_width);
+	return cut_rip(v, v->rip + d->insn.length + (uint64_t)d->operands[0].imm.value.s, d);
 }
 
 /* The value of a register, immediate or memory operand of an integer instruction. */
@@ -255,32 +286,42 @@ static unsigned slot_size(const struct bt_vcpu *v, const struct bt_decoded *d)
 	return d->insn.operand_width / 8u;
 }
 
+/* Bytes of a return address. */
+static unsigned return_size(const struct bt_vcpu *v, const struct bt_decoded *d)
+{
+	if ((v->mode & BT_MODE_CODE) == BT_MODE_CODE64)
+		return insn_is_narrow_branch(&d->insn, v->mode) ? 2 : 8;
+	return slot_size(v, d);
+}
+
 static int do_call(struct bt_vcpu *v, const struct bt_decoded *d)
 {
-	uint64_t target, next = v->rip + d->insn.length, before = v->gprs[ENGINE_RSP];
-	unsigned size = (v->mode & BT_MODE_CODE) == BT_MODE_CODE64 ? 8 : slot_size(v, d);
+	uint64_t target, next = v->rip + d->insn.length, linear;
+	unsigned size = return_size(v, d);
 
 	if (d->operands[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
 		target = target_of(v, d);
 	else if (operand_value(v, d, &d->operands[0], &target))
 		return BT_FAULT;
-	if (push(v, cut_rip(v, next, d->insn.operand_width), size))
+	target = cut_rip(v, target, d);
+	/* The stack's faults come before the target's, and those before anything is written. */
+	if (linear_of(v, ENGINE_SS, (v->gprs[ENGINE_RSP] - size) & stack_mask(v), size, BT_WRITE, &linear) ||
+		check_linear(v, linear, size) || check_target(v, target))
 		return BT_FAULT;
-	if (jump_to(v, target)) {
-		v->gprs[ENGINE_RSP] = before;
+	if (push(v, cut_rip(v, next, d), size))
 		return BT_FAULT;
-	}
+	v->rip = target;
 	return 0;
 }
 
 static int do_return(struct bt_vcpu *v, const struct bt_decoded *d)
 {
-	unsigned size = (v->mode & BT_MODE_CODE) == BT_MODE_CODE64 ? 8 : slot_size(v, d);
+	unsigned size = return_size(v, d);
 	uint64_t target, extra = 0;
 
 	if (d->operands[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
 		extra = d->operands[0].imm.value.u & 0xffff;
-	if (peek(v, 0, size, &target) || jump_to(v, cut_rip(v, target, d->insn.operand_width)))
+	if (peek(v, 0, size, &target) || jump_to(v, cut_rip(v, target, d)))
 		return BT_FAULT;
 	set_sp(v, v->gprs[ENGINE_RSP] + size + extra);
 	return 0;
@@ -612,7 +653,7 @@ static void scatter_bytes(struct bt_vcpu *v, const struct piece *p, const uint8_
 }
 
 /* What SDM volume 2 calls the bit string form of BT and its kin: the bit number moves the address. */
-static void move_by_bit(struct bt_vcpu *v, const struct bt_decoded *d, uint64_t *linear)
+static uint64_t bit_offset(const struct bt_vcpu *v, const struct bt_decoded *d)
 {
 	int64_t bit = (int64_t)bt_register_read(v, d->operands[1].reg.value);
 	unsigned width = d->insn.operand_width;
@@ -621,9 +662,7 @@ static void move_by_bit(struct bt_vcpu *v, const struct bt_decoded *d, uint64_t 
 		bit = (int32_t)bit;
 	else if (width == 16)
 		bit = (int16_t)bit;
-	*linear += (uint64_t)((bit >> (width == 64 ? 6 : width == 32 ? 5 : 4)) * (int64_t)(width / 8));
-	if ((v->mode & BT_MODE_CODE) != BT_MODE_CODE64)
-		*linear = (uint32_t)*linear;
+	return (uint64_t)((bit >> (width == 64 ? 6 : width == 32 ? 5 : 4)) * (int64_t)(width / 8));
 }
 
 /* Operands that must be aligned to their size: #GP otherwise, before any page fault (SDM volume 1, 4.1.1 and 14.9). */
@@ -650,7 +689,27 @@ static bool requires_alignment(const struct bt_decoded *d, unsigned size)
 	case ZYDIS_MNEMONIC_PCMPESTRM:
 	case ZYDIS_MNEMONIC_PCMPISTRI:
 	case ZYDIS_MNEMONIC_PCMPISTRM: return false;
+	case ZYDIS_MNEMONIC_SHA1MSG1:
+	case ZYDIS_MNEMONIC_SHA1MSG2:
+	case ZYDIS_MNEMONIC_SHA1NEXTE:
+	case ZYDIS_MNEMONIC_SHA1RNDS4:
+	case ZYDIS_MNEMONIC_SHA256MSG1:
+	case ZYDIS_MNEMONIC_SHA256MSG2:
+	case ZYDIS_MNEMONIC_SHA256RNDS2: return !host_is_amd(); /* as where the instruction itself meets its operand */
 	default: return d->insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && size == 16 && insn_is_floating(&d->insn);
+	}
+}
+
+/* An exception that an x87 instruction left pending comes before the faults of the next one's operand (SDM volume 3, table
+ * 6-2), but for the control instructions that do not wait. */
+static bool waits_for_x87(const struct bt_decoded *d)
+{
+	switch (d->insn.mnemonic) {
+	case ZYDIS_MNEMONIC_FNSAVE:
+	case ZYDIS_MNEMONIC_FNSTENV:
+	case ZYDIS_MNEMONIC_FNSTCW:
+	case ZYDIS_MNEMONIC_FNSTSW: return false;
+	default: return d->insn.meta.isa_ext == ZYDIS_ISA_EXT_X87 || d->insn.meta.isa_ext == ZYDIS_ISA_EXT_MMX;
 	}
 }
 
@@ -658,7 +717,7 @@ static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 {
 	const struct bt_decoded *d = &e->i.d;
 	const ZydisDecodedOperand *op = e->i.memory;
-	uint64_t linear, enabled = UINT64_MAX, next = v->rip + d->insn.length;
+	uint64_t offset, linear, enabled = UINT64_MAX, next = v->rip + d->insn.length;
 	struct piece pieces[3];
 	struct bt_block *stub;
 	unsigned size, count, first, last;
@@ -690,22 +749,29 @@ static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 	/* Only what the mask lets through counts: the first enabled byte to the last. */
 	first = enabled ? (unsigned)__builtin_ctzll(enabled) : 0;
 	last = enabled == UINT64_MAX || !enabled ? size - 1 : 63 - (unsigned)__builtin_clzll(enabled);
-	if (enabled) {
-		if (linear_of(v, segment_of(op->mem.segment), effective_offset(v, d, op) + first, last - first + 1,
-			write ? BT_WRITE : BT_READ, &linear))
-			return SYSTEM_FAULT;
-		linear -= first;
-	} else {
-		linear = effective_offset(v, d, op);
-	}
-	if (enabled && requires_alignment(d, size) && linear & (size - 1)) {
+	offset = effective_offset(v, d, op);
+	if (e->i.bits)
+		offset = cut_address(d, offset + bit_offset(v, d));
+	if (enabled && requires_alignment(d, size) && (offset + base_of(v, segment_of(op->mem.segment))) & (size - 1)) {
 		bt_raise_error(v, VECTOR_GP, 0);
 		return SYSTEM_FAULT;
 	}
-	if (e->i.kind == INSN_BITS)
-		move_by_bit(v, d, &linear);
-	if (find_pieces(v, linear, size, write, enabled, pieces, &count))
+	if (enabled) {
+		if (linear_of(v, segment_of(op->mem.segment), offset + first, last - first + 1, write ? BT_WRITE : BT_READ,
+			&linear))
+			return SYSTEM_FAULT;
+		linear -= first;
+	} else {
+		linear = offset;
+	}
+	if (find_pieces(v, linear, size, write, enabled, pieces, &count)) {
+		if (waits_for_x87(d)) {
+			fpu_park(v);
+			if (v->private->fpu[2] & 0x80)
+				bt_raise(v, VECTOR_MF);
+		}
 		return SYSTEM_FAULT;
+	}
 	if (count == 1 && pieces[0].host) {
 		/* right in guest memory: atomic if the instruction is */
 		if (run_stub(v, stub, pieces[0].host))
@@ -792,10 +858,11 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 		return bt_raise(v, VECTOR_NM);
 	if (privileged && v->cpl)
 		return bt_raise_error(v, VECTOR_GP, 0);
-	if (bt_effective_address(v, d, e->i.memory, 1, restore ? BT_READ : BT_WRITE, &linear))
-		return BT_FAULT;
+	linear = effective_offset(v, d, e->i.memory) + base_of(v, segment_of(e->i.memory->mem.segment));
 	if (linear & (fx ? 15 : 63))
 		return bt_raise_error(v, VECTOR_GP, 0);
+	if (bt_effective_address(v, d, e->i.memory, 1, restore ? BT_READ : BT_WRITE, &linear))
+		return BT_FAULT;
 	size = fx ? 512 : area_end(v, mask, compact);
 	header = (uint64_t *)(void *)(area + 512);
 	if (restore && !fx) {
@@ -803,7 +870,13 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 			return BT_FAULT;
 		if (privileged && !(header[1] >> 63))
 			return bt_raise_error(v, VECTOR_GP, 0);
-		size = header[1] >> 63 ? area_end(v, header[1] & v->model->xcr0, true) : area_end(v, header[0] & mask, false);
+		size = header[1] >> 63 ? area_end(v, header[1] & v->model->xcr0, true) : area_end(v, mask, false);
+	}
+	for (uint64_t at = linear; !restore && at < linear + size; at = (at & ~0xfffull) + BT_PAGE_SIZE) {
+		uint64_t gpa;
+
+		if (bt_translate_address(v, at, BT_WRITE, is_user(v), &gpa))
+			return BT_FAULT; /* writable throughout before anything is written */
 	}
 	if (bt_read_linear(v, linear, area, size, is_user(v)))
 		return BT_FAULT;
@@ -836,12 +909,6 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 		v->gprs[0] = rax;
 		v->gprs[2] = rdx;
 		return fault;
-	}
-	for (uint64_t at = linear; at < linear + size; at = (at & ~0xfffull) + BT_PAGE_SIZE) {
-		uint64_t gpa;
-
-		if (bt_translate_address(v, at, BT_WRITE, is_user(v), &gpa))
-			return BT_FAULT; /* writable throughout before anything is written */
 	}
 	fpu_unpark(v);
 	if (fx) {
@@ -978,8 +1045,39 @@ static enum system_result and_next(struct bt_vcpu *v, const struct bt_decoded *d
 {
 	if (fault)
 		return SYSTEM_FAULT;
-	v->rip = cut_rip(v, v->rip + d->insn.length, 32);
+	v->rip = cut_rip(v, v->rip + d->insn.length, NULL);
 	return SYSTEM_DONE;
+}
+
+enum system_result slow_branch_fault(struct bt_vcpu *v)
+{
+	uint64_t target = v->rip, sp = v->gprs[ENGINE_RSP];
+	const struct slow_entry *e;
+	const struct bt_decoded *d;
+
+	tlb_find_rip(v, v->resume - 1);
+	e = v->rip == target ? NULL : fetch(v);
+	if (!e)
+		return SYSTEM_FAULT;
+	d = &e->i.d;
+	switch (e->i.kind) {
+	case INSN_RET:
+		v->gprs[ENGINE_RSP] = sp - 8 - (d->operands[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE ? d->operands[0].imm.value.u : 0);
+		return slow_execute(v);
+	case INSN_CALL:
+		if (d->operands[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
+			break;
+		bt_write_linear(v, sp, &v->scratch[2], 8, is_user(v));
+		v->gprs[ENGINE_RSP] = sp + 8;
+		return slow_execute(v);
+	case INSN_JUMP:
+		return slow_execute(v);
+	default:
+		break;
+	}
+	v->rip = target;
+	bt_raise_error(v, VECTOR_GP, 0);
+	return SYSTEM_FAULT;
 }
 
 enum system_result slow_execute(struct bt_vcpu *v)
@@ -1018,7 +1116,7 @@ enum system_result slow_execute(struct bt_vcpu *v)
 		if (d->insn.meta.branch_type != ZYDIS_BRANCH_TYPE_FAR) {
 			if (d->operands[0].type == ZYDIS_OPERAND_TYPE_IMMEDIATE)
 				return as_result(jump_to(v, target_of(v, d)));
-			return as_result(operand_value(v, d, &d->operands[0], &value) || jump_to(v, value));
+			return as_result(operand_value(v, d, &d->operands[0], &value) || jump_to(v, cut_rip(v, value, d)));
 		}
 		break;
 	case ZYDIS_MNEMONIC_LOOP:
@@ -1116,6 +1214,6 @@ enum system_result slow_execute(struct bt_vcpu *v)
 		return slow_system(v, d);
 	r = run_as_is(v, e);
 	if (r == SYSTEM_DONE)
-		v->rip = cut_rip(v, v->rip, 32);
+		v->rip = cut_rip(v, v->rip, NULL);
 	return r;
 }

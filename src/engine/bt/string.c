@@ -165,7 +165,7 @@ static uint64_t bulk(struct string *s, ZydisMnemonic kind)
 	uint64_t to_linear = linear_destination(s), from_linear = linear_source(s), n, index, unused;
 	uint8_t *to, *from = NULL;
 
-	if (s->back || !s->repeat)
+	if (s->back || !s->repeat || s->v->eflags & FLAG_TF)
 		return 0;
 	n = min(s->count, fit(s, 7, to_linear));
 	if (kind == ZYDIS_MNEMONIC_MOVSB)
@@ -216,6 +216,21 @@ static ZydisMnemonic family(ZydisMnemonic m)
 	}
 }
 
+uint64_t bt_string(struct bt_vcpu *v, const struct bt_site *site)
+{
+	uint64_t generation = v->vm->generation, rip = v->page + (uint64_t)(int64_t)site->offset;
+	const struct bt_decoded *d = site->decoded;
+
+	v->rip = rip;
+	if (string_execute(v, d) == SYSTEM_FAULT) {
+		v->exit_code = BT_EXIT_FAULT;
+		return 0;
+	}
+	/* A store may have dropped the very block that called; an interrupt may want to come between two elements. */
+	v->exit_code = BT_EXIT_LOOKUP;
+	return v->rip != rip && generation == v->vm->generation;
+}
+
 enum system_result string_execute(struct bt_vcpu *v, const struct bt_decoded *d)
 {
 	ZydisMnemonic kind = family(d->insn.mnemonic);
@@ -260,8 +275,8 @@ enum system_result string_execute(struct bt_vcpu *v, const struct bt_decoded *d)
 		count_down(&s, n);
 		if (compares && s.repeat_while_equal != !!(v->arith & FLAG_ZF << 8))
 			break;
-		if (s.count && v->kick)
-			return SYSTEM_DONE; /* rip stays: the rest comes after the interrupt */
+		if (s.count && (v->kick || v->eflags & FLAG_TF))
+			return SYSTEM_DONE; /* rip stays: the rest comes after the interrupt, or the single-step trap */
 	}
 	v->rip += d->insn.length;
 	return SYSTEM_DONE;

@@ -239,8 +239,15 @@ static void clear_jumps(struct bt_vcpu *v, enum bt_set set)
 {
 	struct jump_entry *j = v->jump[set];
 
-	for (unsigned k = 0; k < BT_JUMP_ENTRIES; k++)
-		j[k].pc = 1ull << 63; /* never a pc: not canonical, nor below 4 GiB */
+	/* 1 << 63 is never a pc: not canonical, nor below 4 GiB */
+	if (v->private->jumps_count[set] <= ARRAY_SIZE(v->private->jumps_filled[set])) {
+		for (unsigned k = 0; k < v->private->jumps_count[set]; k++)
+			j[v->private->jumps_filled[set][k]].pc = 1ull << 63;
+	} else {
+		for (unsigned k = 0; k < BT_JUMP_ENTRIES; k++)
+			j[k].pc = 1ull << 63;
+	}
+	v->private->jumps_count[set] = 0;
 	for (unsigned k = 0; k < ARRAY_SIZE(v->private->jump_pages[set]); k++)
 		v->private->jump_pages[set][k] = 0;
 	v->private->jump_local[set] = false;
@@ -287,8 +294,10 @@ void bt_tlb_flush(struct bt_vcpu *v, bool keep_global)
 
 void tlb_reset(struct bt_vcpu *v)
 {
-	for (int set = 0; set < BT_SETS; set++)
+	for (int set = 0; set < BT_SETS; set++) {
 		v->private->jump_local[set] = true;
+		v->private->jumps_count[set] = UINT32_MAX;
+	}
 	bt_tlb_flush(v, false);
 }
 
@@ -448,7 +457,7 @@ int bt_write_linear(struct bt_vcpu *v, uint64_t linear, const void *from, unsign
 
 /* ---- from translated code: a miss; returns the host address, or 0 with v->exit_code set and v->rip right ---- */
 
-static void find_rip(struct bt_vcpu *v, uint64_t host_pc)
+void tlb_find_rip(struct bt_vcpu *v, uint64_t host_pc)
 {
 	struct bt_block *b = cache_by_host(v->vm, (const uint8_t *)(uintptr_t)host_pc);
 	unsigned offset, k;
@@ -473,7 +482,7 @@ uint64_t bt_slow_access(struct bt_vcpu *v, uint64_t linear)
 		if (host)
 			return (uint64_t)(uintptr_t)host + (linear & 0xfff);
 	}
-	find_rip(v, v->resume - 1);
+	tlb_find_rip(v, v->resume - 1);
 	/* A misaligned operand may raise #GP, which comes before #PF: slow_execute knows. */
 	if (size >= 16 && linear & (size - 1))
 		masked = true;

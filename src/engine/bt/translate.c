@@ -21,7 +21,7 @@ enum flags_state { FLAGS_HOST, FLAGS_MEM, FLAGS_BOTH, FLAGS_DEAD };
 
 /* Code out of line, written after the block's body. */
 struct late {
-	enum { LATE_SLOW_ACCESS, LATE_LINK, LATE_SYSTEM } what;
+	enum { LATE_SLOW_ACCESS, LATE_LINK, LATE_SYSTEM, LATE_LOOKUP } what;
 	uint8_t *place, *place2; /* rel32s that lead here */
 	const uint8_t *stub;	 /* SLOW_ACCESS: common stub */
 	const uint8_t *resume;
@@ -142,14 +142,24 @@ static void emit_system_exit(struct bt_translation *t, const struct insn *i, boo
 	emit_site_exit(t, slow ? t->vm->exit_slow : t->vm->exit_system[0], site);
 }
 
+/* Leaves for C to find the code at r10; r11 and v->resume say from where, for targets that are not canonical. */
+static void emit_lookup(struct bt_translation *t)
+{
+	EMIT(&t->e, 0x4c, 0x8d, 0x1d, 0, 0, 0, 0); /* lea r11, [rip] */
+	emit_store(&t->e, V(resume), R11);
+	emit_jump(&t->e, t->vm->exit_lookup);
+}
+
 /* r10 holds the target pc, flags are in memory (or dead). Look it up in the jump cache of `set` and go there. */
 static void emit_indirect(struct bt_translation *t, enum bt_set set)
 {
 	struct emitter *e = &t->e;
 	uint32_t pc = V(jump) + (uint32_t)set * sizeof(((struct bt_vcpu *)0)->jump[0]);
 
+	struct late *late;
+
 	if (t->mode & BT_MODE_SINGLE) {
-		emit_jump(e, t->vm->exit_lookup);
+		emit_lookup(t);
 		return;
 	}
 	emit_move(e, R11, R10);
@@ -160,7 +170,9 @@ static void emit_indirect(struct bt_translation *t, enum bt_set set)
 	EMIT(e, 0x41, 0xc1, 0xe3, 4);  /* shl r11d, 4 */
 	EMIT(e, 0x65, 0x4d, 0x3b, 0x93); /* cmp r10, gs:[r11 + pc] */
 	emit32(e, pc);
-	emit_jcc(e, CC_NE, t->vm->exit_lookup);
+	late = new_late(t);
+	late->what = LATE_LOOKUP;
+	late->place = emit_jcc_forward(e, CC_NE);
 	emit_test_byte(e, V(kick));
 	emit_jcc(e, CC_NE, t->vm->exit_lookup);
 	emit_alu_imm(e, ALU_AND, R10, -4096);
@@ -253,6 +265,9 @@ static void emit_lates(struct bt_translation *t)
 				emit_land(e, l->place2);
 			memcpy(&l->site->unlinked, l->site->patch, 4);
 			emit_site_exit(t, t->vm->exit_link[l->save_flags], l->site);
+			break;
+		case LATE_LOOKUP:
+			emit_lookup(t);
 			break;
 		case LATE_SYSTEM:
 			emit_site_exit(t, t->vm->exit_system[l->save_flags], l->site);
@@ -362,7 +377,9 @@ static void emit_address(struct bt_translation *t, const struct insn *i, const Z
 static void emit_operand(struct bt_translation *t, const struct insn *i, const ZydisDecodedOperand *op)
 {
 	bool write = op->actions & (ZYDIS_OPERAND_ACTION_WRITE | ZYDIS_OPERAND_ACTION_CONDWRITE);
-	bool masked = i->d.insn.avx.mask.mode > ZYDIS_MASK_MODE_DISABLED ||
+	/* slow.c knows which of two faults comes first, and what a mask leaves out */
+	bool masked = i->d.insn.meta.isa_ext == ZYDIS_ISA_EXT_X87 || i->d.insn.meta.isa_ext == ZYDIS_ISA_EXT_MMX ||
+		i->d.insn.avx.mask.mode > ZYDIS_MASK_MODE_DISABLED ||
 		i->d.insn.mnemonic == ZYDIS_MNEMONIC_VPMASKMOVD || i->d.insn.mnemonic == ZYDIS_MNEMONIC_VPMASKMOVQ ||
 		i->d.insn.mnemonic == ZYDIS_MNEMONIC_VMASKMOVPS || i->d.insn.mnemonic == ZYDIS_MNEMONIC_VMASKMOVPD;
 
@@ -381,6 +398,14 @@ static bool is_legacy_prefix(uint8_t b)
 {
 	return b == 0x66 || b == 0x67 || b == 0xf0 || b == 0xf2 || b == 0xf3 || b == 0x2e || b == 0x36 || b == 0x3e ||
 		b == 0x26 || b == 0x64 || b == 0x65;
+}
+
+/* To a VEX or EVEX prefix: a REX among the legacy ones before it means nothing. */
+static const uint8_t *skip_prefixes(const struct bt_translation *t, const uint8_t *b)
+{
+	while (is_legacy_prefix(*b) || (t->code64 && (*b & 0xf0) == 0x40))
+		b++;
+	return b;
 }
 
 /* Copies legacy prefixes that still mean something (not segments, not address size) and finds REX. In 16-bit code the
@@ -431,16 +456,14 @@ static void emit_readdressed(struct bt_translation *t, const struct insn *i, uns
 	immediate_at = modrm_at + 1u + (d->attributes & ZYDIS_ATTRIB_HAS_SIB ? 1 : 0) + d->raw.disp.size / 8;
 	switch (d->encoding) {
 	case ZYDIS_INSTRUCTION_ENCODING_VEX:
-		for (b = i->bytes; is_legacy_prefix(*b);)
-			b++;
+		b = skip_prefixes(t, i->bytes);
 		if (*b == 0xc5)
 			EMIT(e, 0xc4, (b[1] & 0x80) | 0x40 | (address >= 8 ? 0 : 0x20) | 1, b[1] & 0x7f, b[2]);
 		else
 			EMIT(e, 0xc4, (b[1] & 0x9f) | 0x40 | (address >= 8 ? 0 : 0x20), b[2], b[3]);
 		break;
 	case ZYDIS_INSTRUCTION_ENCODING_EVEX:
-		for (b = i->bytes; is_legacy_prefix(*b);)
-			b++;
+		b = skip_prefixes(t, i->bytes);
 		EMIT(e, 0x62, (b[1] & 0x9f) | 0x40 | (address >= 8 ? 0 : 0x20), b[2], b[3], b[4]);
 		break;
 	default:
@@ -468,8 +491,7 @@ static void emit_verbatim(struct bt_translation *t, const struct insn *i)
 		return;
 	}
 	if (i->d.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX || i->d.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX) {
-		while (is_legacy_prefix(*b))
-			b++;
+		b = skip_prefixes(t, b);
 	} else {
 		b = emit_prefixes(t, i, &rex);
 		if ((*b & 0xf0) == 0x40) { /* inc, dec */
@@ -790,6 +812,10 @@ static void emit_call(struct bt_translation *t, struct insn *i, const uint8_t *p
 		emit_store(&t->e, V(scratch) + 8, R10);
 	}
 	emit_push_check(t, i);
+	if (!direct) { /* what slow_branch_fault puts back */
+		emit_slot(t, false, R11, R10);
+		emit_store(&t->e, V(scratch) + 16, R11);
+	}
 	emit_pc(t, R11, i->offset + i->d.insn.length);
 	emit_slot(t, true, R11, R10);
 	emit_move_rsp(t, -(int)slot(t));
@@ -903,6 +929,15 @@ static void emit_lea_insn(struct bt_translation *t, struct insn *i)
 		}
 		return;
 	}
+	if (!t->code64 && op->mem.base == ZYDIS_REGISTER_NONE && op->mem.index == ZYDIS_REGISTER_NONE) {
+		/* Without base and index, 64-bit mode would take the displacement as relative to rip. */
+		if (width == 16) {
+			EMIT(&t->e, 0x66, 0xb8 | to, (uint8_t)op->mem.disp.value, (uint8_t)(op->mem.disp.value >> 8));
+		} else {
+			emit_imm64(&t->e, to, (uint32_t)op->mem.disp.value);
+		}
+		return;
+	}
 	load_scratch(t, &u);
 	emit_verbatim(t, i);
 	store_scratch(t, &u);
@@ -941,6 +976,34 @@ static void emit_sti(struct bt_translation *t, struct insn *i)
 	emit_store_imm8(&t->e, V(iflag), 1);
 }
 
+/* A call of C, with all registers where it looks for them. Comparing ones leave their flags in memory. */
+static void emit_string(struct bt_translation *t, struct insn *i)
+{
+	struct emitter *e = &t->e;
+	struct bt_site *site = new_site(t, i->offset);
+	struct bt_decoded *copy = cache_alloc(t->vm, sizeof(*copy));
+	uint8_t *resume;
+	int32_t distance;
+
+	if (!site || !copy) {
+		t->e.overflow = 1;
+		return;
+	}
+	memcpy(copy, &i->d, sizeof(*copy));
+	site->decoded = copy;
+	flags_clobber(t, i->live_before | (i->touched ? FLAGS_ARITHMETIC : 0));
+	emit_imm64(e, R10, (uint64_t)(uintptr_t)site);
+	EMIT(e, 0x4c, 0x8d, 0x1d); /* lea r11, [rip + resume] */
+	emit32(e, 0);
+	resume = e->p;
+	emit_jump(e, t->vm->string);
+	distance = (int32_t)(e->p - resume);
+	if (!e->overflow)
+		memcpy(resume - 4, &distance, 4);
+	if (i->touched)
+		t->state = FLAGS_MEM;
+}
+
 /* false: the block ends here */
 static bool emit_insn(struct bt_translation *t, struct insn *i, const uint8_t *page)
 {
@@ -948,6 +1011,7 @@ static bool emit_insn(struct bt_translation *t, struct insn *i, const uint8_t *p
 	case INSN_PLAIN: emit_plain(t, i); return true;
 	case INSN_NOTHING: return true;
 	case INSN_BITS: emit_bits(t, i); return true;
+	case INSN_STRING: emit_string(t, i); return true;
 	case INSN_LEA: emit_lea_insn(t, i); return true;
 	case INSN_PUSH: emit_push(t, i); return true;
 	case INSN_POP: emit_pop(t, i); return true;
@@ -1007,6 +1071,8 @@ static void find_live_flags(struct bt_translation *t, unsigned n, const uint8_t 
 
 		if (t->exact || i->kind == INSN_SYSTEM || i->kind == INSN_SLOW || i->kind == INSN_STI)
 			live = FLAGS_ARITHMETIC;
+		if (t->exact)
+			i->killed = 0; /* nor are undefined flags given up */
 		i->live_after = live;
 		live = (live & ~i->killed) | i->tested;
 		if (i->kind == INSN_SYSTEM || i->kind == INSN_SLOW || i->kind == INSN_STI)
@@ -1258,7 +1324,8 @@ struct bt_block *translate_stub(struct bt_vcpu *v, const struct bt_decoded *d, c
 	memcpy(i->bytes, bytes, 15);
 	i->offset = 0;
 	insn_classify(i, t->mode);
-	i->kind = i->kind == INSN_BITS ? INSN_BITS : INSN_PLAIN;
+	i->kind = i->bits ? INSN_BITS : INSN_PLAIN;
+	i->killed = 0; /* undefined flags are what the host makes of those before */
 	i->live_before = i->live_after = FLAGS_ARITHMETIC;
 	t->bounce = true;
 	t->block->stub = true;

@@ -38,7 +38,7 @@ struct tlb_entry {
 #define TLB_GLOBAL 1
 
 /* Jump cache: virtual pc to translated code, per set. */
-#define BT_JUMP_ENTRIES 1024
+#define BT_JUMP_ENTRIES 4096
 struct jump_entry {
 	uint64_t pc;
 	const uint8_t *code; /* entry that takes the flags from memory */
@@ -57,6 +57,7 @@ enum bt_mode_bits {
 	BT_MODE_SINGLE = 0x80,	  /* blocks of one instruction */
 	BT_MODE_NO_XSAVE = 0x100, /* CR4.OSXSAVE clear: VEX and EVEX raise #UD */
 	BT_MODE_REAL = 0x200,	  /* CR0.PE clear or EFLAGS.VM set */
+	BT_MODE_AMD = 0x400,	  /* the CPU model's vendor: near branches with an operand-size prefix differ */
 };
 
 enum { /* exception vectors */

@@ -86,6 +86,13 @@ static unsigned vector_number(ZydisRegister reg)
 /* Exception classes without fault suppression (SDM volume 2, 2.8.1). */
 static bool reads_whole_operand(const ZydisDecodedInstruction *d)
 {
+	switch (d->mnemonic) {
+	case ZYDIS_MNEMONIC_VCVTNE2PS2BF16: /* E4NF all of them, as is what mixes elements; not so in Zydis's tables */
+	case ZYDIS_MNEMONIC_VDBPSADBW:
+	case ZYDIS_MNEMONIC_VGF2P8AFFINEQB:
+	case ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB: return true;
+	default: break;
+	}
 	switch (d->meta.exception_class) {
 	case ZYDIS_EXCEPTION_CLASS_E1NF:
 	case ZYDIS_EXCEPTION_CLASS_E2NF:
@@ -97,6 +104,24 @@ static bool reads_whole_operand(const ZydisDecodedInstruction *d)
 	case ZYDIS_EXCEPTION_CLASS_E10NF: return true;
 	default: return false;
 	}
+}
+
+/* How many elements the instruction computes: as many as its widest elements fit into its vector length. */
+static unsigned lanes_of(const struct bt_decoded *d, unsigned memory_bits)
+{
+	unsigned bits = memory_bits;
+
+	for (unsigned k = 0; k < d->insn.operand_count; k++) {
+		const ZydisDecodedOperand *op = &d->operands[k];
+		ZydisRegisterClass c;
+
+		if (op->type != ZYDIS_OPERAND_TYPE_REGISTER)
+			continue;
+		c = ZydisRegisterGetClass(op->reg.value);
+		if (c == ZYDIS_REGCLASS_XMM || c == ZYDIS_REGCLASS_YMM || c == ZYDIS_REGCLASS_ZMM)
+			bits = max(bits, op->element_size);
+	}
+	return d->insn.avx.vector_length / bits;
 }
 
 uint64_t vector_enabled(struct bt_vcpu *v, const struct bt_decoded *d)
@@ -141,13 +166,17 @@ uint64_t vector_enabled(struct bt_vcpu *v, const struct bt_decoded *d)
 	elements = bytes ? memory->size / 8u / bytes : 0;
 	if (!bytes || elements > 64)
 		return UINT64_MAX;
-	if (d->insn.avx.broadcast.mode != ZYDIS_BROADCAST_MODE_INVALID || elements <= 1) {
-		/* a scalar goes by mask bit 0; a broadcast is read if any lane wants it */
-		bool broadcast = d->insn.avx.broadcast.mode != ZYDIS_BROADCAST_MODE_INVALID;
-		unsigned lanes = broadcast ? d->insn.avx.vector_length / 8u / bytes : 1;
+	if (d->insn.avx.broadcast.mode != ZYDIS_BROADCAST_MODE_INVALID) {
+		/* an element is read if any lane that it goes to wants it */
+		unsigned lanes = max(lanes_of(d, memory->element_size), elements);
+		uint64_t folded = 0;
 
-		return enabled & (lanes >= 64 ? UINT64_MAX : (1ull << max(lanes, 1u)) - 1) ? UINT64_MAX : 0;
+		for (unsigned k = 0; k < min(lanes, 64u); k++)
+			folded |= (enabled >> k & 1) << k % elements;
+		enabled = folded;
 	}
+	if (elements <= 1) /* a scalar goes by mask bit 0 */
+		return enabled & 1 ? UINT64_MAX : 0;
 	if (bytes == 1)
 		return elements == 64 ? enabled : enabled & ((1ull << elements) - 1);
 	if (bytes > 8)
@@ -193,6 +222,7 @@ static enum system_result gather_scatter(struct bt_vcpu *v, const struct bt_deco
 	const ZydisDecodedOperand *memory = NULL;
 	ZydisRegister data = ZYDIS_REGISTER_NONE, mask_vector = ZYDIS_REGISTER_NONE;
 	unsigned vector, index, mask = 0;
+	bool some = false; /* elements were read: the register's upper part is gone even if a later one faults */
 	uint64_t *k = NULL, base = 0;
 
 	for (unsigned n = 0; n < d->insn.operand_count; n++) {
@@ -229,8 +259,11 @@ static enum system_result gather_scatter(struct bt_vcpu *v, const struct bt_deco
 	for (unsigned n = 0; n < elements; n++) {
 		uint64_t at, value = 0, offset = vector_get(v, index, n, kind->index_bytes);
 
-		if (evex ? !(*k >> n & 1) : !(vector_get(v, mask, n, kind->data_bytes) >> (8 * kind->data_bytes - 1)))
+		if (evex ? !(*k >> n & 1) : !(vector_get(v, mask, n, kind->data_bytes) >> (8 * kind->data_bytes - 1))) {
+			if (!evex)
+				vector_put(v, mask, n, kind->data_bytes, 0); /* all of it, as of those that are done */
 			continue;
+		}
 		if (kind->index_bytes == 4)
 			offset = (uint64_t)(int64_t)(int32_t)offset;
 		at = base + offset * memory->mem.scale;
@@ -245,9 +278,13 @@ static enum system_result gather_scatter(struct bt_vcpu *v, const struct bt_deco
 			if (bt_write_linear(v, at, &value, kind->data_bytes, user))
 				return SYSTEM_FAULT;
 		} else {
-			if (bt_read_linear(v, at, &value, kind->data_bytes, user))
+			if (bt_read_linear(v, at, &value, kind->data_bytes, user)) {
+				if (some)
+					clear_above(v, vector, d->insn.avx.vector_length / 8u);
 				return SYSTEM_FAULT;
+			}
 			vector_put(v, vector, n, kind->data_bytes, value);
+			some = true;
 		}
 		if (evex)
 			*k &= ~(1ull << n);
@@ -264,6 +301,31 @@ static enum system_result gather_scatter(struct bt_vcpu *v, const struct bt_deco
 		clear_above(v, vector, elements * kind->data_bytes);
 	v->rip += d->insn.length;
 	return SYSTEM_DONE;
+}
+
+static unsigned x87_top(const struct bt_vcpu *v)
+{
+	return v->private->fpu[3] >> 3 & 7;
+}
+
+/* mm0 to mm7 are physical registers; XSAVE keeps them by their place on the stack (SDM volume 1, 10.5.1). */
+static uint8_t *mmx_register(struct bt_vcpu *v, unsigned n)
+{
+	return v->private->fpu + 32 + 16 * ((n - x87_top(v)) & 7);
+}
+
+/* What every MMX instruction does: all x87 tags valid, top of stack 0. */
+static void enter_mmx(struct bt_vcpu *v)
+{
+	uint8_t *area = v->private->fpu, old[128];
+	unsigned top = x87_top(v);
+
+	bytes_copy(old, area + 32, sizeof(old));
+	for (unsigned n = 0; n < 8; n++)
+		bytes_copy(area + 32 + 16 * ((n + top) & 7), old + 16 * n, 16);
+	area[512] |= 1;
+	area[4] = 0xff;
+	area[3] &= (uint8_t)~0x38;
 }
 
 /* maskmovq and maskmovdqu: bytes of the first register go to [rdi] where the second's sign bits are set. */
@@ -292,35 +354,36 @@ static enum system_result mask_move(struct bt_vcpu *v, const struct bt_decoded *
 	if (bt_effective_address(v, d, memory, bytes, BT_WRITE, &linear))
 		return SYSTEM_FAULT;
 	fpu_park(v);
+	if (mmx && v->private->fpu[2] & 0x80) {
+		bt_raise(v, VECTOR_MF);
+		return SYSTEM_FAULT;
+	}
 	for (unsigned n = 0; n < bytes; n++) {
-		uint8_t *m = mmx ? v->private->fpu + 32 + 16 * vector_number(mask) + n
-				 : vector_byte(v, vector_number(mask), n);
+		uint8_t *m = mmx ? mmx_register(v, vector_number(mask)) + n : vector_byte(v, vector_number(mask), n);
 
 		enabled |= (uint64_t)(*m >> 7) << n;
 	}
-	/* All pages are checked before the first byte is written. */
-	for (unsigned n = 0; n < bytes; n++) {
+	/* The whole operand is checked before the first byte is written, whatever the mask (SDM volume 2, MASKMOVDQU, leaves it
+	 * to the implementation). */
+	for (uint64_t at = linear; at < linear + bytes; at = (at & ~0xfffull) + BT_PAGE_SIZE) {
 		bool fault;
 
-		if (enabled >> n & 1) {
-			tlb_host_page(v, linear + n, true, user, &index, &fault);
-			if (fault)
-				return SYSTEM_FAULT;
-		}
+		tlb_host_page(v, at, true, user, &index, &fault);
+		if (!fault)
+			continue;
+		if (mmx)
+			enter_mmx(v);
+		return SYSTEM_FAULT;
 	}
 	for (unsigned n = 0; n < bytes; n++) {
-		uint8_t *s = mmx ? v->private->fpu + 32 + 16 * vector_number(source) + n
-				 : vector_byte(v, vector_number(source), n);
+		uint8_t *s = mmx ? mmx_register(v, vector_number(source)) + n : vector_byte(v, vector_number(source), n);
 		uint8_t value = *s;
 
 		if (enabled >> n & 1 && bt_write_linear(v, linear + n, &value, 1, user))
 			return SYSTEM_FAULT;
 	}
-	if (mmx) { /* as every MMX instruction: all x87 tags valid, top of stack 0 */
-		v->private->fpu[512] |= 1;
-		v->private->fpu[4] = 0xff;
-		v->private->fpu[3] &= (uint8_t)~0x38;
-	}
+	if (mmx)
+		enter_mmx(v);
 	v->rip += d->insn.length;
 	return SYSTEM_DONE;
 }
