@@ -23,11 +23,12 @@
 /* Which named models have a feature. */
 enum level { HOST_ONLY, V2 = 2, V3 = 3 };
 
-/* Who supplies a feature. Engine kvm will offer every feature of this table that KVM_GET_SUPPORTED_CPUID has, so only
- * bt's source is told apart here. */
+/* Who supplies a feature to engine bt. Engine kvm offers every feature of this table that KVM_GET_SUPPORTED_CPUID has. */
 enum source {
-	NATIVE, /* the instruction runs as it is in translated code: offered when the host has it */
-	OURS,	/* system_execute and the rest of bt supply it, whatever the host has */
+	NATIVE,	    /* the instruction runs as it is in translated code: offered when the host has it */
+	OURS,	    /* system_execute and the rest of bt supply it, whatever the host has */
+	TRANSLATED, /* as OURS, and true of translated code alone: kvm offers it for `host` only, if KVM has it */
+	HARDWARE,   /* kvm alone: what a user process cannot do */
 };
 
 enum vendor_mask { ANY = 3, INTEL = 1 << CPU_INTEL, AMD = 1 << CPU_AMD };
@@ -39,10 +40,7 @@ enum vendor_mask { ANY = 3, INTEL = 1 << CPU_INTEL, AMD = 1 << CPU_AMD };
 #define XCR0_AVX 0x7
 #define XCR0_AVX512 0xe7
 
-static const struct {
-	uint32_t leaf, subleaf;
-	uint8_t reg;
-} words[CPU_WORDS] = {
+static const struct cpu_word_place words[CPU_WORDS] = {
 	[CPU_1_ECX] = {1, 0, 2},
 	[CPU_1_EDX] = {1, 0, 3},
 	[CPU_7_EBX] = {7, 0, 1},
@@ -180,7 +178,7 @@ static const struct feature {
 	{"null-selector-clears-base", CPU_821_EAX, 6, V2, OURS, AMD}, /* segment.c does so */
 	/* A guest's RET becomes a look-up and an indirect jump: no return is predicted from the host's return stack, so
 	 * training that stack (SRSO) leads nowhere, and "safe RET" would only cost. */
-	{"srso-no", CPU_821_EAX, 29, V2, OURS, AMD},
+	{"srso-no", CPU_821_EAX, 29, V2, TRANSLATED, AMD},
 
 	/* bt/paravirt.c */
 	{"kvm-nop-io-delay", CPU_KVM_EAX, 1, V2, OURS, ANY},
@@ -192,6 +190,23 @@ static const struct feature {
 	{"kvm-send-ipi", CPU_KVM_EAX, 11, V2, OURS, ANY},
 	{"kvm-sched-yield", CPU_KVM_EAX, 13, V2, OURS, ANY},
 	{"kvm-clock-stable", CPU_KVM_EAX, 24, V2, OURS, ANY},
+
+	/* Address spaces in the TLB, and the means against leaks by speculation, which need the real registers. */
+	{"pcid", CPU_1_ECX, 17, HOST_ONLY, HARDWARE, ANY},
+	{"md-clear", CPU_7_EDX, 10, HOST_ONLY, HARDWARE, INTEL},
+	{"spec-ctrl", CPU_7_EDX, 26, HOST_ONLY, HARDWARE, INTEL},
+	{"stibp", CPU_7_EDX, 27, HOST_ONLY, HARDWARE, INTEL},
+	{"flush-l1d", CPU_7_EDX, 28, HOST_ONLY, HARDWARE, INTEL},
+	{"ssbd", CPU_7_EDX, 31, HOST_ONLY, HARDWARE, INTEL},
+	{"ibpb", CPU_88_EBX, 12, HOST_ONLY, HARDWARE, AMD},
+	{"amd-ibrs", CPU_88_EBX, 14, HOST_ONLY, HARDWARE, AMD},
+	{"amd-stibp", CPU_88_EBX, 15, HOST_ONLY, HARDWARE, AMD},
+	{"stibp-always", CPU_88_EBX, 17, HOST_ONLY, HARDWARE, AMD},
+	{"amd-ssbd", CPU_88_EBX, 24, HOST_ONLY, HARDWARE, AMD},
+	{"virt-ssbd", CPU_88_EBX, 25, HOST_ONLY, HARDWARE, AMD},
+	{"auto-ibrs", CPU_821_EAX, 8, HOST_ONLY, HARDWARE, AMD},
+	{"sbpb", CPU_821_EAX, 27, HOST_ONLY, HARDWARE, AMD},
+	{"ibpb-brtype", CPU_821_EAX, 28, HOST_ONLY, HARDWARE, AMD},
 };
 
 /* Bits of leaf 1 EDX that AMD repeats in leaf 8000_0001 EDX. */
@@ -324,8 +339,10 @@ static void take_features(struct cpu_model *m, unsigned level, char *lacks, size
 {
 	for (size_t i = 0; i < ARRAY_SIZE(features); i++) {
 		const struct feature *f = &features[i];
-		bool there = f->source == OURS || host_word(f->word) >> f->bit & 1;
+		bool there = f->source != NATIVE || host_word(f->word) >> f->bit & 1;
 
+		if (f->source == HARDWARE)
+			continue;
 		if (!(f->vendors >> m->vendor & 1) || (level && (!f->level || f->level > level)))
 			continue;
 		if (f->xcr0 && (m->xcr0 & f->xcr0) != f->xcr0)
@@ -517,6 +534,57 @@ const struct cpu_model *cpu_model_find(const char *name, struct error *err)
 	custom->next = models.custom;
 	models.custom = custom;
 	return &take_ptr(custom)->model;
+}
+
+struct cpu_word_place cpu_word_place(enum cpu_word word)
+{
+	return words[word];
+}
+
+static unsigned level_of(const struct cpu_model *model)
+{
+	/* by name: it may be a model without some features */
+	return model->name == models.v2.name ? V2 : model->name == models.v3.name ? V3 : HOST_ONLY;
+}
+
+static bool hardware_offers(const struct cpu_model *m, const struct feature *f, unsigned level)
+{
+	if (!(f->vendors >> m->vendor & 1))
+		return false;
+	return !level || (f->level && f->level <= level && f->source != TRANSLATED);
+}
+
+int cpu_model_for_hardware(struct cpu_model *m, const struct cpu_model *model, const uint32_t supported[CPU_WORDS],
+	uint64_t xcr0, struct error *err)
+{
+	unsigned level = level_of(model);
+	char lacks[200] = "";
+
+	*m = *model;
+	m->xcr0 &= xcr0;
+	memset(m->words, 0, sizeof(m->words));
+	for (size_t i = 0; i < ARRAY_SIZE(features); i++) {
+		const struct feature *f = &features[i];
+
+		if (!hardware_offers(m, f, level) || m->absent[f->word] >> f->bit & 1)
+			continue;
+		if ((supported[f->word] >> f->bit & 1) && (m->xcr0 & f->xcr0) == f->xcr0)
+			m->words[f->word] |= 1u << f->bit;
+		else if (level && f->word != CPU_KVM_EAX) /* kernels do without, and may come to a KVM that has them */
+			snprintf(lacks + strlen(lacks), sizeof(lacks) - strlen(lacks), "%s%s", *lacks ? ", " : "",
+				f->name);
+	}
+	if (*lacks)
+		return error_set(err, ENOTSUP,
+			"CPU model %s: KVM on this host lacks %s; choose --cpu host, or --engine bt", model->name,
+			lacks);
+	if (m->vendor == CPU_AMD)
+		m->words[CPU_81_EDX] |= m->words[CPU_1_EDX] & AMD_REPEATED;
+	if (!cpu_model_has(m, CPU_XSAVE)) {
+		m->words[CPU_D_1_EAX] = 0;
+		m->xcr0 = 0;
+	}
+	return 0;
 }
 
 uint32_t cpu_model_xsave_size(const struct cpu_model *model, uint64_t components, bool compacted)

@@ -98,6 +98,19 @@ struct cpu_model {
  * that it needs. */
 const struct cpu_model *cpu_model_find(const char *name, struct error *err);
 
+/* Where CPUID has a word. */
+struct cpu_word_place {
+	uint32_t leaf, subleaf;
+	uint8_t reg; /* EAX, EBX, ECX, EDX */
+};
+struct cpu_word_place cpu_word_place(enum cpu_word word);
+
+/* The same model as hardware virtualization runs it, which has the features `supported` and the state components xcr0.
+ * `host` becomes what of it there is, and gets what only hardware can do; a named model that misses something is an
+ * error that says what. */
+int cpu_model_for_hardware(struct cpu_model *made, const struct cpu_model *model, const uint32_t supported[CPU_WORDS],
+	uint64_t xcr0, struct error *err);
+
 /* What CPUID answers on vCPU `cpu` of `cpus` (1 to 64) but for what depends on the vCPU's state (bt/cpuid.c adds it):
  * EAX, EBX, ECX, EDX into out. Leaves that do not exist give zeros. */
 void cpu_model_cpuid(

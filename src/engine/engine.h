@@ -13,6 +13,7 @@
 struct engine_vm;
 struct engine_vcpu;
 struct cpu_model;
+struct board_chips; /* machine/board.h */
 
 /* ---- what the engine asks of the board; called on the vCPU's own thread, no engine lock held ---- */
 struct engine_board {
@@ -119,10 +120,20 @@ struct engine_config {
 
 struct engine {
 	const char *name;
-	/* 0 when the engine can run here, else -errno and err says why not. */
+	/* 0 when the engine can run a stock kernel here, else -errno and err says why not. Takes 200 ms at most. */
 	int (*probe)(struct error *err);
 	int (*vm_create)(struct engine_vm **vm, const struct engine_config *config, struct error *err);
 	void (*vm_destroy)(struct engine_vm *vm);
+	/* NULL: the engine uses the board's interrupt chips. Else it brings its own, which live as long as the VM: they
+	 * start and halt vCPUs too, so that all threads enter vcpu_run at once, and of struct engine_board only port and
+	 * memory accesses are used. */
+	const struct board_chips *(*vm_chips)(struct engine_vm *vm);
+	/* Logging of guest memory that guest code writes (not devices); NULL: the engine has none yet. On: from now; the
+	 * first vm_written after it may say more than was written. */
+	int (*vm_log_writes)(struct engine_vm *vm, bool on, struct error *err);
+	/* Sets in bitmap (a bit per page by offset in the memory's file, in whole words) what was written since the last
+	 * time; other bits stay. */
+	int (*vm_written)(struct engine_vm *vm, uint64_t *bitmap, struct error *err);
 	/* Creates vCPU `cpu`; everything else on it (but kick and tsc) is called on the thread that runs it, and destroy
 	 * when that thread has ended. */
 	int (*vcpu_create)(struct engine_vm *vm, unsigned cpu, struct engine_vcpu **vcpu, struct error *err);
@@ -142,7 +153,7 @@ struct engine {
 	void (*vcpu_statistics)(struct engine_vcpu *vcpu, char *text, size_t size);
 };
 
-extern const struct engine engine_bt;
+extern const struct engine engine_kvm, engine_bt;
 
 /* All engines, in the order `auto` tries them; ends with NULL. */
 extern const struct engine *const engines[];

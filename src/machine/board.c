@@ -136,6 +136,11 @@ void board_use_chips(struct board *board, const struct board_chips *chips)
 	space_use_bells(board->mmio, chips ? chips->bell : NULL, chips ? chips->opaque : NULL);
 }
 
+bool board_has_bells(struct board *board)
+{
+	return board->chips && board->chips->bell;
+}
+
 struct space *board_pio(struct board *board)
 {
 	return board->pio;

@@ -96,6 +96,8 @@ struct loop *board_loop(struct board *board);
 /* From now on these serve instead of the board's own, which stay unused; NULL: the board's own again. The vCPUs are
  * stopped; devices that are to have bells are attached later. */
 void board_use_chips(struct board *board, const struct board_chips *chips);
+/* Guest writes to bells (machine/space.h) ring them; otherwise nobody does and ops->write is called. */
+bool board_has_bells(struct board *board);
 
 /* The guest's ACPI power button is pressed. */
 void board_power_button(struct board *board);

@@ -24,6 +24,8 @@ struct space {
 	const char *name;
 	uint64_t limit;	      /* addresses are below this */
 	pthread_mutex_t lock; /* of those who change the table */
+	space_bell_function *bell;
+	void *bell_opaque;
 	atomic_uint sequence; /* odd during a change */
 	atomic_uint count;
 	struct slot slots[SPACE_REGIONS]; /* by ascending base, no overlaps */
@@ -48,6 +50,19 @@ void space_destroy(struct space *space)
 		return;
 	pthread_mutex_destroy(&space->lock);
 	free(space);
+}
+
+void space_use_bells(struct space *space, space_bell_function *bell, void *opaque)
+{
+	scope_lock(&space->lock);
+	space->bell = bell;
+	space->bell_opaque = opaque;
+}
+
+static void hang_bells(struct space *space, const struct io_region *region, uint64_t base, bool on)
+{
+	for (unsigned i = 0; space->bell && i < region->bell_count; i++)
+		space->bell(space->bell_opaque, base + region->bells[i].offset, region->bells[i].fd, on);
 }
 
 static uint64_t slot_base(const struct slot *s)
@@ -126,6 +141,7 @@ int space_add(struct space *space, struct io_region *region, struct error *err)
 	atomic_store_explicit(&space->count, count + 1, memory_order_relaxed);
 	change_end(space);
 	region->mapped = true;
+	hang_bells(space, region, base, true);
 	return 0;
 }
 
@@ -139,6 +155,7 @@ void space_remove(struct space *space, struct io_region *region)
 		at++;
 	if (at == count)
 		return;
+	hang_bells(space, region, slot_base(&space->slots[at]), false);
 	change_begin(space);
 	for (unsigned i = at; i + 1 < count; i++)
 		copy_slot(&space->slots[i], &space->slots[i + 1]);

@@ -8,6 +8,7 @@
 #include <stdio.h>
 
 #include "vmm/options.h"
+#include "vmm/probe.h"
 #include "vmm/terminal.h"
 #include "vmm/vm.h"
 
@@ -36,6 +37,8 @@ int main(int argc, char *argv[])
 	case VMM_VERSION:
 		puts("hostel-vmm " HOSTEL_VERSION);
 		return fflush(stdout) ? 1 : 0;
+	case VMM_PROBE:
+		return vmm_probe(stdout, config.probe_json) && !fflush(stdout) ? 0 : 1;
 	case VMM_RUN:
 		break;
 	}

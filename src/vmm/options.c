@@ -236,8 +236,17 @@ static int parse_version(struct vmm_config *config, const char *value, struct er
 	return 0;
 }
 
+static int parse_probe(struct vmm_config *config, const char *value, struct error *err)
+{
+	if (value && strcmp(value, "json"))
+		return error_set(err, EINVAL, "--probe=%s: give --probe or --probe=json", value);
+	config->action = VMM_PROBE;
+	config->probe_json = value;
+	return 0;
+}
+
 static const struct option_spec {
-	const char *name, *argument; /* argument NULL: takes none */
+	const char *name, *argument; /* argument NULL: takes none; one that begins with '[' can be left out */
 	int (*parse)(struct vmm_config *config, const char *value, struct error *err);
 	const char *help;
 } options[] = {
@@ -250,10 +259,11 @@ static const struct option_spec {
 	{"net", "user[,forward=tcp:ADDR:PORT-:PORT]...|tap=NAME[,mac=MAC]", parse_net,
 		"a network device; repeat for more"},
 	{"serial", "stdio|none|file=PATH|socket=PATH", parse_serial, "where the guest's serial port goes [stdio]"},
-	{"engine", "auto|bt", parse_engine, "what runs the guest's code [auto]"},
 	{"cpu", "host|x86-64-v2|x86-64-v3[,-FEATURE]...", parse_cpu,
 		"CPU model that the guest sees, without these features [host]"},
+	{"engine", "auto|kvm|bt", parse_engine, "what runs the guest's code; auto: kvm if it really can [auto]"},
 	{"on-reset", "reboot|exit", parse_on_reset, "what a guest's reset does [reboot]"},
+	{"probe", "[=json]", parse_probe, "say which engine auto takes here, and why not the others"},
 	{"help", NULL, parse_help, "show this text"},
 	{"version", NULL, parse_version, "show the version"},
 };
@@ -286,9 +296,9 @@ int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], st
 				(int)min(length, (size_t)100), name);
 		if (equals)
 			value = equals + 1;
-		else if (option->argument)
+		else if (option->argument && *option->argument != '[')
 			value = argv[++i]; /* NULL at the end */
-		if (option->argument && (!value || (!*value && option->parse != parse_cmdline)))
+		if (option->argument && *option->argument != '[' && (!value || (!*value && option->parse != parse_cmdline)))
 			return error_set(err, EINVAL, "--%s needs a value: --%s %s", option->name, option->name,
 				option->argument);
 		if (!option->argument && value)
@@ -321,7 +331,8 @@ void vmm_help(FILE *to)
 	fputs("Usage: hostel-vmm --kernel FILE [OPTION]...\nRuns one virtual machine until its guest powers off.\n\n",
 		to);
 	for (size_t i = 0; i < ARRAY_SIZE(options); i++)
-		fprintf(to, "  --%s%s%s\n        %s\n", options[i].name, options[i].argument ? " " : "",
+		fprintf(to, "  --%s%s%s\n        %s\n", options[i].name,
+			options[i].argument && *options[i].argument != '[' ? " " : "",
 			options[i].argument ? options[i].argument : "", options[i].help);
 	fputs("\nOn a terminal Ctrl-A x leaves and Ctrl-A h lists the other keys. Manual: hostel-vmm(1).\n", to);
 }

@@ -16,7 +16,7 @@ struct cpu_model;
 #define VMM_DISKS_MAX 16
 #define VMM_NETS_MAX 8
 
-enum vmm_action { VMM_RUN, VMM_HELP, VMM_VERSION };
+enum vmm_action { VMM_RUN, VMM_HELP, VMM_VERSION, VMM_PROBE };
 enum vmm_serial { VMM_SERIAL_STDIO, VMM_SERIAL_NONE, VMM_SERIAL_FILE, VMM_SERIAL_SOCKET };
 
 struct vmm_disk {
@@ -33,6 +33,7 @@ struct vmm_net {
 /* Strings that are not freed by vmm_config_free() point into argv. */
 struct vmm_config {
 	enum vmm_action action;
+	bool probe_json;	     /* for VMM_PROBE */
 	const struct engine *engine; /* NULL: the first that can run here */
 	const struct cpu_model *cpu;
 	unsigned cpus;

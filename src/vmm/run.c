@@ -150,8 +150,8 @@ static void power_on(struct vcpu *v)
 	struct error err = {0};
 
 	v->vm->engine->vcpu_reset(v->engine, false);
-	v->started = v->index == 0;
-	if (v->started && vcpu_set_boot_state(v, &v->vm->entry, &err) < 0)
+	v->started = v->index == 0 || v->vm->own_chips;
+	if (v->index == 0 && vcpu_set_boot_state(v, &v->vm->entry, &err) < 0)
 		vm_stop(v->vm, VM_CAUSE_FAILED, &err);
 }
 

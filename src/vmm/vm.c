@@ -11,6 +11,7 @@
 #include "base/util.h"
 #include "disk/disk.h"
 #include "engine/tsc.h"
+#include "vmm/probe.h"
 
 /* ---- what the board asks for ---- */
 
@@ -45,18 +46,9 @@ static void user_leaves(void *opaque)
 
 static int choose_engine(struct vm *vm, struct error *err)
 {
-	int result = -ENODEV;
-
-	if (vm->config->engine) {
-		vm->engine = vm->config->engine;
-		result = vm->engine->probe(err);
-		return result < 0 ? error_wrap(err, "--engine %s", vm->engine->name) : 0;
-	}
-	for (const struct engine *const *engine = engines; *engine && result < 0; engine++) {
-		vm->engine = *engine;
-		result = (*engine)->probe(err);
-	}
-	return result < 0 ? error_wrap(err, "no engine can run here; the last one tried says") : 0;
+	/* One that was asked for by name is taken at its word: probing costs time, and its own start says what is missing. */
+	vm->engine = vm->config->engine ? vm->config->engine : vmm_choose_engine(err);
+	return vm->engine ? 0 : -err->code;
 }
 
 static int create_memory(struct vm *vm, struct error *err)
@@ -147,7 +139,7 @@ static int add_devices(struct vm *vm, struct error *err)
 	return result;
 }
 
-static int create_vcpus(struct vm *vm, struct error *err)
+static int create_engine_vm(struct vm *vm, struct error *err)
 {
 	struct engine_config config = {
 		.cpus = vm->cpus, .model = vm->config->cpu, .board = &vm->engine_board, .memory = &vm->memory};
@@ -169,6 +161,19 @@ static int create_vcpus(struct vm *vm, struct error *err)
 		.send_ipi = board_send_ipi,
 		.wake = board_wake_cpu};
 	result = vm->engine->vm_create(&vm->engine_vm, &config, err);
+	if (result < 0)
+		return error_wrap(err, "engine %s", vm->engine->name);
+	if (vm->engine->vm_chips) {
+		vm->own_chips = true;
+		board_use_chips(vm->board, vm->engine->vm_chips(vm->engine_vm));
+	}
+	return 0;
+}
+
+static int create_vcpus(struct vm *vm, struct error *err)
+{
+	int result = 0;
+
 	for (unsigned i = 0; i < vm->cpus && result == 0; i++)
 		result = vm->engine->vcpu_create(vm->engine_vm, i, &vm->vcpu[i].engine, err);
 	return result < 0 ? error_wrap(err, "engine %s", vm->engine->name) : 0;
@@ -195,6 +200,8 @@ static int assemble(struct vm *vm, struct error *err)
 		result = loop_create(&vm->loop, err);
 	if (result == 0)
 		result = create_board(vm, err);
+	if (result == 0)
+		result = create_engine_vm(vm, err); /* before the devices, which may get bells from it */
 	if (result == 0)
 		result = add_devices(vm, err);
 	if (result == 0)
@@ -263,6 +270,8 @@ int vm_destroy(struct vm *vm, struct error *err)
 			vm->engine->vcpu_destroy(vm->vcpu[i].engine);
 		pthread_mutex_destroy(&vm->vcpu[i].lock);
 	}
+	if (vm->board)
+		board_use_chips(vm->board, NULL);
 	if (vm->engine_vm)
 		vm->engine->vm_destroy(vm->engine_vm);
 	if (vm->board)

@@ -74,6 +74,7 @@ struct vm {
 	struct board_host host;
 	struct engine_board engine_board;
 	struct engine_vm *engine_vm;
+	bool own_chips; /* the engine's, which start and halt vCPUs too */
 	struct boot_entry entry;
 	struct console *console;
 	struct disk *disk[VMM_DISKS_MAX];
