@@ -26,7 +26,9 @@ def test_power_off_ends_with_0_and_no_complaint():
         if status:
             v.fail(f"exit status {status}")
         v.check_kernel_log()
-        assert v.stderr() == "", v.stderr()
+        # Where KVM cannot be used, it may say so.
+        complaints = [line for line in v.stderr().splitlines() if not line.startswith("hostel-vmm: not engine ")]
+        assert not complaints, v.stderr()
 
 
 def test_shell_on_a_terminal():
