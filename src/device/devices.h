@@ -72,6 +72,20 @@ void virtio_balloon_set_target(struct virtio_device *device, uint64_t bytes);
  * the guest. */
 void virtio_balloon_get(struct virtio_device *device, struct virtio_balloon_state *state);
 
+/* ---- vsock: streams between host and guest, by Unix sockets on the host ---- */
+
+struct virtio_vsock_options {
+	uint32_t cid; /* the guest's address, 3 to 0xfffffffe */
+	/* A listening Unix socket that does not block, and the path it listens at, which stay the caller's. A client
+	 * writes "CONNECT PORT\n" and, when a program in the guest has taken the connection, reads "OK NUMBER\n"; what
+	 * follows is the stream. What the guest connects to port N of the host (CID 2) goes to the socket PATH_N. */
+	int listener;
+	const char *path;
+};
+
+int virtio_vsock_create(struct virtio_device **device, struct board *board, const struct virtio_vsock_options *options,
+	struct error *err);
+
 /* Takes the device off the bus when what it was doing is done. Called on the loop's thread, or when the loop no longer
  * runs; the vCPUs are stopped. NULL is allowed. */
 void virtio_device_destroy(struct virtio_device *device);
