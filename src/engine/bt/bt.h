@@ -94,6 +94,7 @@ struct bt_vm {
 	void (*enter)(struct bt_vcpu *v, const uint8_t *code);
 	const uint8_t *exit_mem;	     /* exit_code is set, flags are in memory */
 	const uint8_t *exit_lookup;	     /* r10: target pc; flags in memory */
+	const uint8_t *second_way[BT_SETS]; /* the same, and r11: offset of its jump cache entry, whose second way it is */
 	const uint8_t *exit_link[2];	     /* r10: struct bt_site; flags in memory, or [1] in the host's */
 	const uint8_t *exit_system[2];
 	const uint8_t *exit_slow;	     /* r10: struct bt_site */

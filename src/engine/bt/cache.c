@@ -87,6 +87,18 @@ static void make_stubs(struct bt_vm *vm)
 	emit_store(e, V(rip), R10);
 	emit_exit(e, BT_EXIT_LOOKUP, vm->exit_mem);
 
+	for (unsigned set = 0; set < BT_SETS; set++) {
+		uint32_t pc = V(jump) + set * (uint32_t)sizeof(((struct bt_vcpu *)0)->jump[0]) + 16;
+
+		vm->second_way[set] = stub_begin(e);
+		emit_test_byte(e, V(kick));
+		emit_jcc(e, CC_NE, vm->exit_lookup);
+		emit_alu_imm(e, ALU_AND, R10, -4096);
+		emit_store(e, V(page), R10);
+		EMIT(e, 0x65, 0x41, 0xff, 0xa3); /* jmp gs:[r11 + code] */
+		emit32(e, pc + 8);
+	}
+
 	for (int host_flags = 0; host_flags < 2; host_flags++) {
 		const struct {
 			const uint8_t **stub;

@@ -201,14 +201,15 @@ static void fill_jump_cache(struct bt_vcpu *v, const struct bt_block *b)
 	uint64_t hashed = (v->rip >> 12) & 4095;
 	const struct fetch_entry *f = &p->fetch[set][(v->rip >> 12) & (BT_FETCH_ENTRIES - 1)];
 
-	if (j->pc == 1ull << 63) {
+	if (j->way[0].pc == BT_NO_PC) {
 		if (p->jumps_count[set] < ARRAY_SIZE(p->jumps_filled[set]))
-			p->jumps_filled[set][p->jumps_count[set]] = jump_index(v->rip);
+			p->jumps_filled[set][p->jumps_count[set]] = (uint16_t)jump_index(v->rip);
 		if (p->jumps_count[set] <= ARRAY_SIZE(p->jumps_filled[set]))
 			p->jumps_count[set]++;
 	}
-	j->pc = v->rip;
-	j->code = b->entry_mem;
+	j->way[1] = j->way[0];
+	j->way[0].pc = v->rip;
+	j->way[0].code = b->entry_mem;
 	p->jump_pages[set][hashed >> 6] |= 1ull << (hashed & 63);
 	if (b->second_page) {
 		hashed = (hashed + 1) & 4095;

@@ -228,7 +228,10 @@ uint64_t bt_string(struct bt_vcpu *v, const struct bt_site *site)
 	}
 	/* A store may have dropped the very block that called; an interrupt may want to come between two elements. */
 	v->exit_code = BT_EXIT_LOOKUP;
-	return v->rip != rip && generation == v->vm->generation;
+	if (v->rip == rip || generation != v->vm->generation)
+		return 0;
+	fpu_unpark(v); /* a device may have been among the operands */
+	return 1;
 }
 
 enum system_result string_execute(struct bt_vcpu *v, const struct bt_decoded *d)

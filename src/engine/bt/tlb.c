@@ -235,17 +235,21 @@ static void invalidate(struct bt_vcpu *v, enum bt_set set, unsigned n)
 	v->tlb[set][n].read = v->tlb[set][n].write = tlb_invalid(n);
 }
 
+static void forget_jump(struct jump_entry *j)
+{
+	j->way[0].pc = j->way[1].pc = BT_NO_PC;
+}
+
 static void clear_jumps(struct bt_vcpu *v, enum bt_set set)
 {
 	struct jump_entry *j = v->jump[set];
 
-	/* 1 << 63 is never a pc: not canonical, nor below 4 GiB */
 	if (v->private->jumps_count[set] <= ARRAY_SIZE(v->private->jumps_filled[set])) {
 		for (unsigned k = 0; k < v->private->jumps_count[set]; k++)
-			j[v->private->jumps_filled[set][k]].pc = 1ull << 63;
+			forget_jump(&j[v->private->jumps_filled[set][k]]);
 	} else {
 		for (unsigned k = 0; k < BT_JUMP_ENTRIES; k++)
-			j[k].pc = 1ull << 63;
+			forget_jump(&j[k]);
 	}
 	v->private->jumps_count[set] = 0;
 	for (unsigned k = 0; k < ARRAY_SIZE(v->private->jump_pages[set]); k++)

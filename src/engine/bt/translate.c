@@ -23,9 +23,9 @@ enum flags_state { FLAGS_HOST, FLAGS_MEM, FLAGS_BOTH, FLAGS_DEAD };
 struct late {
 	enum { LATE_SLOW_ACCESS, LATE_LINK, LATE_SYSTEM, LATE_LOOKUP } what;
 	uint8_t *place, *place2; /* rel32s that lead here */
-	const uint8_t *stub;	 /* SLOW_ACCESS: common stub */
+	const uint8_t *stub;	 /* SLOW_ACCESS, LOOKUP: common stub */
 	const uint8_t *resume;
-	uint32_t tag_offset;
+	uint32_t tag_offset;	 /* SLOW_ACCESS: of the TLB entry's tag; LOOKUP: of the jump cache */
 	struct bt_site *site;
 	bool save_flags;
 };
@@ -155,7 +155,6 @@ static void emit_indirect(struct bt_translation *t, enum bt_set set)
 {
 	struct emitter *e = &t->e;
 	uint32_t pc = V(jump) + (uint32_t)set * sizeof(((struct bt_vcpu *)0)->jump[0]);
-
 	struct late *late;
 
 	if (t->mode & BT_MODE_SINGLE) {
@@ -167,12 +166,14 @@ static void emit_indirect(struct bt_translation *t, enum bt_set set)
 	EMIT(e, 0x45, 0x31, 0xd3);     /* xor r11d, r10d */
 	EMIT(e, 0x41, 0x81, 0xe3);     /* and r11d, entries - 1 */
 	emit32(e, BT_JUMP_ENTRIES - 1);
-	EMIT(e, 0x41, 0xc1, 0xe3, 4);  /* shl r11d, 4 */
+	EMIT(e, 0x41, 0xc1, 0xe3, 5);  /* shl r11d, 5 */
 	EMIT(e, 0x65, 0x4d, 0x3b, 0x93); /* cmp r10, gs:[r11 + pc] */
 	emit32(e, pc);
 	late = new_late(t);
 	late->what = LATE_LOOKUP;
 	late->place = emit_jcc_forward(e, CC_NE);
+	late->stub = t->vm->second_way[set];
+	late->tag_offset = pc;
 	emit_test_byte(e, V(kick));
 	emit_jcc(e, CC_NE, t->vm->exit_lookup);
 	emit_alu_imm(e, ALU_AND, R10, -4096);
@@ -267,6 +268,9 @@ static void emit_lates(struct bt_translation *t)
 			emit_site_exit(t, t->vm->exit_link[l->save_flags], l->site);
 			break;
 		case LATE_LOOKUP:
+			EMIT(e, 0x65, 0x4d, 0x3b, 0x93); /* cmp r10, gs:[r11 + pc of the second way] */
+			emit32(e, l->tag_offset + 16);
+			emit_jcc(e, CC_E, l->stub);
 			emit_lookup(t);
 			break;
 		case LATE_SYSTEM:
@@ -931,11 +935,10 @@ static void emit_lea_insn(struct bt_translation *t, struct insn *i)
 	}
 	if (!t->code64 && op->mem.base == ZYDIS_REGISTER_NONE && op->mem.index == ZYDIS_REGISTER_NONE) {
 		/* Without base and index, 64-bit mode would take the displacement as relative to rip. */
-		if (width == 16) {
+		if (width == 16)
 			EMIT(&t->e, 0x66, 0xb8 | to, (uint8_t)op->mem.disp.value, (uint8_t)(op->mem.disp.value >> 8));
-		} else {
+		else
 			emit_imm64(&t->e, to, (uint32_t)op->mem.disp.value);
-		}
 		return;
 	}
 	load_scratch(t, &u);

@@ -37,12 +37,15 @@ struct tlb_entry {
 };
 #define TLB_GLOBAL 1
 
-/* Jump cache: virtual pc to translated code, per set. */
-#define BT_JUMP_ENTRIES 4096
+/* Jump cache: virtual pc to translated code, per set. Two ways: the newer is probed inline, the older by a common stub. */
+#define BT_JUMP_ENTRIES 2048
 struct jump_entry {
-	uint64_t pc;
-	const uint8_t *code; /* entry that takes the flags from memory */
+	struct {
+		uint64_t pc;
+		const uint8_t *code; /* entry that takes the flags from memory */
+	} way[2];
 };
+#define BT_NO_PC (1ull << 63) /* never a pc: not canonical, nor below 4 GiB */
 
 /* How the current code runs; part of a block's key. */
 enum bt_mode_bits {
