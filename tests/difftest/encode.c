@@ -45,7 +45,7 @@ static unsigned random_prefixes(const struct form *f, struct rng *rng, uint8_t *
 		return n;
 	if (rng_chance(rng, 32))
 		list[n++] = 0x66;
-	if (rng_chance(rng, 64))
+	if (rng_chance(rng, 64) && f->mnemonic != ZYDIS_MNEMONIC_LOOPE && f->mnemonic != ZYDIS_MNEMONIC_LOOPNE)
 		list[n++] = 0xf2 + rng_below(rng, 2);
 	if (rng_chance(rng, 64) && n)
 		list[n] = list[rng_below(rng, n)], n++;

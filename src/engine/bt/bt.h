@@ -213,6 +213,12 @@ static inline unsigned jump_index(uint64_t pc)
 	return (unsigned)((pc ^ pc >> 12) & (BT_JUMP_ENTRIES - 1));
 }
 
+/* What an empty entry n of the jump cache holds: no pc that guest code can jump to has it and belongs there. */
+static inline uint64_t jump_no_pc(unsigned n)
+{
+	return 1ull << 63 | (n == 0);
+}
+
 /* ---- slow.c ---- */
 enum system_result slow_execute(struct bt_vcpu *v);
 /* Translated code came from v->resume with v->rip not canonical: undoes an indirect branch, whose fault it is. */

@@ -88,6 +88,7 @@ bool insn_decode(struct insn *i, uint32_t mode, const uint8_t *bytes, unsigned n
 	if (!ZYAN_SUCCESS(status)) {
 		*more = status == ZYDIS_STATUS_NO_MORE_DATA && n < 15 && !is_short_ud(bytes, n);
 		i->too_long = status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG || (status == ZYDIS_STATUS_NO_MORE_DATA && n >= 15);
+		i->too_long = i->too_long && !is_short_ud(bytes, min(n, 15u));
 		return false;
 	}
 	ZydisDecoderDecodeOperands(decoder, &context, &i->d.insn, i->d.operands, i->d.insn.operand_count);
@@ -346,7 +347,7 @@ static enum insn_kind kind_by_mnemonic(const ZydisDecodedInstruction *d, uint32_
 	}
 	switch (d->meta.category) {
 	case ZYDIS_CATEGORY_STRINGOP:
-		return INSN_SLOW;
+		return INSN_STRING;
 	case ZYDIS_CATEGORY_GATHER:
 	case ZYDIS_CATEGORY_SCATTER:
 		return INSN_SLOW;

@@ -201,7 +201,7 @@ static void fill_jump_cache(struct bt_vcpu *v, const struct bt_block *b)
 	uint64_t hashed = (v->rip >> 12) & 4095;
 	const struct fetch_entry *f = &p->fetch[set][(v->rip >> 12) & (BT_FETCH_ENTRIES - 1)];
 
-	if (j->way[0].pc == BT_NO_PC) {
+	if (j->way[0].pc == jump_no_pc(jump_index(v->rip))) {
 		if (p->jumps_count[set] < ARRAY_SIZE(p->jumps_filled[set]))
 			p->jumps_filled[set][p->jumps_count[set]] = (uint16_t)jump_index(v->rip);
 		if (p->jumps_count[set] <= ARRAY_SIZE(p->jumps_filled[set]))

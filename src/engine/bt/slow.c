@@ -709,8 +709,13 @@ static bool waits_for_x87(const struct bt_decoded *d)
 	case ZYDIS_MNEMONIC_FNSTENV:
 	case ZYDIS_MNEMONIC_FNSTCW:
 	case ZYDIS_MNEMONIC_FNSTSW: return false;
-	default: return d->insn.meta.isa_ext == ZYDIS_ISA_EXT_X87 || d->insn.meta.isa_ext == ZYDIS_ISA_EXT_MMX;
+	default: break;
 	}
+	for (unsigned k = 0; k < d->insn.operand_count; k++)
+		if (d->operands[k].type == ZYDIS_OPERAND_TYPE_REGISTER &&
+			ZydisRegisterGetClass(d->operands[k].reg.value) == ZYDIS_REGCLASS_MMX)
+			return true;
+	return d->insn.meta.isa_ext == ZYDIS_ISA_EXT_X87;
 }
 
 static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
@@ -764,14 +769,8 @@ static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 	} else {
 		linear = offset;
 	}
-	if (find_pieces(v, linear, size, write, enabled, pieces, &count)) {
-		if (waits_for_x87(d)) {
-			fpu_park(v);
-			if (v->private->fpu[2] & 0x80)
-				bt_raise(v, VECTOR_MF);
-		}
+	if (find_pieces(v, linear, size, write, enabled, pieces, &count))
 		return SYSTEM_FAULT;
-	}
 	if (count == 1 && pieces[0].host) {
 		/* right in guest memory: atomic if the instruction is */
 		if (run_stub(v, stub, pieces[0].host))
@@ -1213,6 +1212,11 @@ enum system_result slow_execute(struct bt_vcpu *v)
 	if (e->i.kind == INSN_SYSTEM || e->i.kind == INSN_CLI || e->i.kind == INSN_STI || e->i.kind == INSN_SWAPGS)
 		return slow_system(v, d);
 	r = run_as_is(v, e);
+	if (r == SYSTEM_FAULT && v->fault.vector != VECTOR_MF && waits_for_x87(d)) {
+		fpu_park(v);
+		if (v->private->fpu[2] & 0x80)
+			bt_raise(v, VECTOR_MF);
+	}
 	if (r == SYSTEM_DONE)
 		v->rip = cut_rip(v, v->rip, NULL);
 	return r;

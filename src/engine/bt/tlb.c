@@ -235,9 +235,9 @@ static void invalidate(struct bt_vcpu *v, enum bt_set set, unsigned n)
 	v->tlb[set][n].read = v->tlb[set][n].write = tlb_invalid(n);
 }
 
-static void forget_jump(struct jump_entry *j)
+static void forget_jump(struct jump_entry *j, unsigned n)
 {
-	j->way[0].pc = j->way[1].pc = BT_NO_PC;
+	j[n].way[0].pc = j[n].way[1].pc = jump_no_pc(n);
 }
 
 static void clear_jumps(struct bt_vcpu *v, enum bt_set set)
@@ -246,10 +246,10 @@ static void clear_jumps(struct bt_vcpu *v, enum bt_set set)
 
 	if (v->private->jumps_count[set] <= ARRAY_SIZE(v->private->jumps_filled[set])) {
 		for (unsigned k = 0; k < v->private->jumps_count[set]; k++)
-			forget_jump(&j[v->private->jumps_filled[set][k]]);
+			forget_jump(j, v->private->jumps_filled[set][k]);
 	} else {
 		for (unsigned k = 0; k < BT_JUMP_ENTRIES; k++)
-			forget_jump(&j[k]);
+			forget_jump(j, k);
 	}
 	v->private->jumps_count[set] = 0;
 	for (unsigned k = 0; k < ARRAY_SIZE(v->private->jump_pages[set]); k++)

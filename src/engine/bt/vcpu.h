@@ -45,7 +45,6 @@ struct jump_entry {
 		const uint8_t *code; /* entry that takes the flags from memory */
 	} way[2];
 };
-#define BT_NO_PC (1ull << 63) /* never a pc: not canonical, nor below 4 GiB */
 
 /* How the current code runs; part of a block's key. */
 enum bt_mode_bits {

@@ -215,6 +215,13 @@ static bool indexed_kind(ZydisMnemonic m, struct indexed *k)
 	}
 }
 
+/* What is not canonical raises #SS off the stack's registers. */
+static void on_stack(struct bt_vcpu *v, const ZydisDecodedOperand *memory)
+{
+	if (v->fault.vector == VECTOR_GP && memory->mem.segment == ZYDIS_REGISTER_SS)
+		v->fault.vector = VECTOR_SS;
+}
+
 static enum system_result gather_scatter(struct bt_vcpu *v, const struct bt_decoded *d, const struct indexed *kind)
 {
 	bool evex = d->insn.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX, user = (v->mode & BT_MODE_SET) == BT_SET_USER;
@@ -275,11 +282,14 @@ static enum system_result gather_scatter(struct bt_vcpu *v, const struct bt_deco
 			at += v->gs_base;
 		if (kind->scatter) {
 			value = vector_get(v, vector, n, kind->data_bytes);
-			if (bt_write_linear(v, at, &value, kind->data_bytes, user))
+			if (bt_write_linear(v, at, &value, kind->data_bytes, user)) {
+				on_stack(v, memory);
 				return SYSTEM_FAULT;
+			}
 		} else {
 			if (bt_read_linear(v, at, &value, kind->data_bytes, user)) {
-				if (some)
+				on_stack(v, memory);
+				if (some && evex)
 					clear_above(v, vector, d->insn.avx.vector_length / 8u);
 				return SYSTEM_FAULT;
 			}
