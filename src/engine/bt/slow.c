@@ -455,6 +455,48 @@ static int do_loop(struct bt_vcpu *v, const struct bt_decoded *d)
 	}
 }
 
+/* A signed index against the two bounds in memory; outside them #BR. */
+static int do_bound(struct bt_vcpu *v, const struct bt_decoded *d)
+{
+	unsigned size = d->insn.operand_width / 8u;
+	int32_t bounds[2] = { 0, 0 }, index = (int32_t)bt_register_read(v, d->operands[0].reg.value);
+	uint64_t linear;
+
+	if (bt_effective_address(v, d, &d->operands[1], 2 * size, BT_READ, &linear) ||
+		bt_read_linear(v, linear, &bounds[0], size, is_user(v)) ||
+		bt_read_linear(v, linear + size, &bounds[1], size, is_user(v)))
+		return BT_FAULT;
+	if (size == 2) {
+		index = (int16_t)index;
+		bounds[0] = (int16_t)bounds[0];
+		bounds[1] = (int16_t)bounds[1];
+	}
+	return index < bounds[0] || index > bounds[1] ? bt_raise(v, VECTOR_BR) : 0;
+}
+
+/* Raises the requested privilege level of a selector to that of another; ZF says whether it did. */
+static int do_arpl(struct bt_vcpu *v, const struct bt_decoded *d)
+{
+	const ZydisDecodedOperand *op = &d->operands[0];
+	uint64_t wanted = bt_register_read(v, d->operands[1].reg.value) & 3, value, linear = 0;
+	bool lower;
+
+	if (v->mode & BT_MODE_REAL)
+		return bt_raise(v, VECTOR_UD);
+	if (operand_value(v, d, op, &value))
+		return BT_FAULT;
+	lower = (value & 3) < wanted;
+	value = (value & ~3ull) | max(wanted, value & 3);
+	if (op->type == ZYDIS_OPERAND_TYPE_REGISTER) {
+		if (lower)
+			bt_register_write(v, op->reg.value, value);
+	} else if (bt_effective_address(v, d, op, 2, BT_WRITE, &linear) || bt_write_linear(v, linear, &value, 2, is_user(v))) {
+		return BT_FAULT;
+	}
+	bt_set_rflags(v, (bt_rflags(v) & ~(uint64_t)FLAG_ZF) | (lower ? FLAG_ZF : 0));
+	return 0;
+}
+
 /* ---- decimal arithmetic, which 64-bit mode does not have (SDM volume 2, AAA to DAS) ---- */
 
 static void set_result_flags(struct bt_vcpu *v, uint8_t al, bool cf, bool af)
@@ -1190,8 +1232,8 @@ enum system_result slow_execute(struct bt_vcpu *v)
 	case ZYDIS_MNEMONIC_XRSTORS:
 	case ZYDIS_MNEMONIC_XRSTORS64:
 		return and_next(v, d, do_state(v, e));
-	case ZYDIS_MNEMONIC_BOUND:
-	case ZYDIS_MNEMONIC_ARPL:
+	case ZYDIS_MNEMONIC_BOUND: return and_next(v, d, do_bound(v, d));
+	case ZYDIS_MNEMONIC_ARPL: return and_next(v, d, do_arpl(v, d));
 	case ZYDIS_MNEMONIC_MOVDIR64B:
 		return SYSTEM_UNKNOWN;
 	default:
