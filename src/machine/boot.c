@@ -173,30 +173,61 @@ int boot_load_bytes(struct boot_entry *entry, const struct boot_job *job, struct
 		err, ENOEXEC, "kernel %s is not a bzImage or ELF file; give a vmlinuz or vmlinux for x86-64", k->path);
 }
 
-int boot_load(
-	struct boot_entry *entry, struct guest_memory *memory, const struct boot_config *config, struct error *err)
+int boot_open(struct boot_files *files, const struct guest_memory *memory, const struct boot_config *config,
+	struct error *err)
 {
-	struct boot_job job = {.memory = memory, .config = config, .initrd_fd = -1};
-
-	scope_fd int kernel_fd = open_regular("kernel", config->kernel, memory->size, &job.kernel.size, err);
-	if (kernel_fd < 0)
-		return kernel_fd;
-	scope_fd int initrd_fd = -1;
+	*files = (struct boot_files){.kernel = -1, .initrd = -1};
+	files->kernel = open_regular("kernel", config->kernel, memory->size, &files->kernel_size, err);
+	if (files->kernel < 0)
+		return files->kernel;
 	if (config->initrd) {
-		initrd_fd = open_regular("initrd", config->initrd, memory->size, &job.initrd_size, err);
-		if (initrd_fd < 0)
-			return initrd_fd;
+		files->initrd = open_regular("initrd", config->initrd, memory->size, &files->initrd_size, err);
+		if (files->initrd < 0)
+			return files->initrd;
 	}
-	job.initrd_fd = initrd_fd;
+	return 0;
+}
 
+void boot_close(struct boot_files *files)
+{
+	if (files->kernel >= 0)
+		close(take_fd(&files->kernel));
+	if (files->initrd >= 0)
+		close(take_fd(&files->initrd));
+}
+
+static int load_files(struct boot_entry *entry, struct guest_memory *memory, const struct boot_config *config,
+	const struct boot_files *files, struct error *err)
+{
+	struct boot_job job = {.memory = memory,
+		.config = config,
+		.initrd_fd = files->initrd,
+		.initrd_size = files->initrd_size,
+		.kernel = {.path = config->kernel, .size = files->kernel_size}};
 	scope_free uint8_t *bytes = malloc(job.kernel.size);
+	int ret;
+
 	if (!bytes)
 		return error_set(err, ENOMEM, "kernel %s: no memory on the host to read its %llu MiB", config->kernel,
 			MIB(job.kernel.size));
-	int ret = read_all("kernel", config->kernel, kernel_fd, bytes, job.kernel.size, err);
+	ret = read_all("kernel", config->kernel, files->kernel, bytes, job.kernel.size, err);
 	if (ret)
 		return ret;
-	job.kernel.path = config->kernel;
 	job.kernel.bytes = bytes;
 	return boot_load_bytes(entry, &job, err);
+}
+
+int boot_load(
+	struct boot_entry *entry, struct guest_memory *memory, const struct boot_config *config, struct error *err)
+{
+	struct boot_files files;
+	int ret;
+
+	if (config->files)
+		return load_files(entry, memory, config, config->files, err);
+	ret = boot_open(&files, memory, config, err);
+	if (ret == 0)
+		ret = load_files(entry, memory, config, &files, err);
+	boot_close(&files);
+	return ret;
 }

@@ -8,11 +8,18 @@
 #include "base/error.h"
 #include "machine/memory.h"
 
+/* Opened once, where a reset of the guest must find them again without opening anything. */
+struct boot_files {
+	int kernel, initrd; /* -1: none */
+	uint64_t kernel_size, initrd_size;
+};
+
 struct boot_config {
 	const char *kernel;  /* bzImage or ELF */
 	const char *initrd;  /* or NULL */
 	const char *cmdline; /* or NULL */
 	uint64_t rsdp;	     /* guest address of the ACPI root pointer */
+	const struct boot_files *files; /* what these names were opened as; NULL: opened for this one load */
 };
 
 struct boot_entry {
@@ -25,4 +32,8 @@ struct boot_entry {
 	uint16_t gdt_limit;
 };
 
+/* Opens the kernel and the initrd that config names, of at most memory's size; closed by boot_close(), also when it has
+ * failed. */
+int boot_open(struct boot_files *files, const struct guest_memory *memory, const struct boot_config *config, struct error *err);
+void boot_close(struct boot_files *files);
 int boot_load(struct boot_entry *entry, struct guest_memory *memory, const struct boot_config *config, struct error *err);

@@ -171,7 +171,7 @@ static int place_zero_page(const struct setup *s, const struct boot_job *job, ui
 
 int boot_load_bzimage(struct boot_entry *entry, const struct boot_job *job, struct error *err)
 {
-	struct setup setup;
+	struct setup setup = {0};
 	uint64_t initrd;
 	int ret;
 

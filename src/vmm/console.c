@@ -266,7 +266,7 @@ static int open_back_end(struct console *c, const char *path, struct error *err)
 }
 
 int console_create(struct console **console, enum vmm_serial kind, const char *path, struct serial *serial,
-	struct loop *loop, void (*leave)(void *opaque), void *opaque, struct error *err)
+	struct loop *loop, struct threads *threads, void (*leave)(void *opaque), void *opaque, struct error *err)
 {
 	struct console *c = calloc(1, sizeof(*c));
 	int result = 0;
@@ -280,7 +280,8 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 	c->leave_opaque = opaque;
 	c->file = c->source = c->socket.fd = -1;
 	if (kind != VMM_SERIAL_NONE)
-		result = console_output_create(&c->output, kind == VMM_SERIAL_SOCKET, loop, output_has_room, c, err);
+		result = console_output_create(
+			&c->output, kind == VMM_SERIAL_SOCKET, loop, threads, output_has_room, c, err);
 	if (result == 0)
 		result = open_back_end(c, path, err);
 	if (result < 0) {

@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/loop.h"
+#include "base/threads.h"
 #include "machine/serial.h"
 #include "vmm/options.h"
 
@@ -18,7 +19,7 @@ struct console;
 /* Opens the back end and connects it to the serial port, while the loop does not run; leave(opaque) runs on the loop
  * when the user asks to leave. */
 int console_create(struct console **console, enum vmm_serial kind, const char *path, struct serial *serial,
-	struct loop *loop, void (*leave)(void *opaque), void *opaque, struct error *err);
+	struct loop *loop, struct threads *threads, void (*leave)(void *opaque), void *opaque, struct error *err);
 /* From any thread: vCPUs no longer wait for room, what does not fit is lost. For the end, so that it cannot be held up.
  */
 void console_release(struct console *console);

@@ -44,6 +44,16 @@ static int remove_stale(const struct sockaddr_un *address, struct error *err)
 	return 0;
 }
 
+void console_remove_stale(const char *path)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+
+	if (strlen(path) >= sizeof(address.sun_path))
+		return;
+	strcpy(address.sun_path, path);
+	remove_stale(&address, NULL);
+}
+
 int console_listen(struct console_socket *s, const char *path, struct error *err)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};

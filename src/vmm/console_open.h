@@ -17,6 +17,8 @@ struct console_socket {
 int console_open_file(int *fd, const char *path, struct error *err);
 /* A socket file that nobody listens on any more (its owner was killed) is replaced; one in use is not. */
 int console_listen(struct console_socket *s, const char *path, struct error *err);
+/* Removes the file at path if it is a socket on which nobody listens. */
+void console_remove_stale(const char *path);
 void console_unlisten(struct console_socket *s);
 /* The next client, or -1. Its writes fail when it has read nothing for two seconds. */
 int console_accept(struct console_socket *s);

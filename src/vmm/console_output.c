@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/threads.h"
 #include "base/util.h"
 #include "vmm/terminal.h"
 
@@ -22,7 +23,7 @@ struct console_output {
 	struct loop *loop;
 	void (*room)(void *opaque);
 	void *room_opaque;
-	pthread_t writer;
+	struct thread writer;
 
 	pthread_mutex_t lock; /* the rest */
 	pthread_cond_t filled, drained;
@@ -195,12 +196,12 @@ void console_output_release(struct console_output *o)
 
 /* ---- life ---- */
 
-int console_output_create(struct console_output **output, bool socket, struct loop *loop, void (*room)(void *opaque),
-	void *opaque, struct error *err)
+int console_output_create(struct console_output **output, bool socket, struct loop *loop, struct threads *threads,
+	void (*room)(void *opaque), void *opaque, struct error *err)
 {
 	struct console_output *o = calloc(1, sizeof(*o));
 	pthread_condattr_t attributes;
-	int code;
+	int result;
 
 	if (!o)
 		return error_errno(err, "the console's output buffer");
@@ -215,10 +216,10 @@ int console_output_create(struct console_output **output, bool socket, struct lo
 	pthread_cond_init(&o->filled, &attributes);
 	pthread_cond_init(&o->drained, &attributes);
 	pthread_condattr_destroy(&attributes);
-	code = pthread_create(&o->writer, NULL, writer_main, o);
-	if (code) {
+	result = thread_start(&o->writer, threads, THREAD_WORKER, "console", writer_main, o, err);
+	if (result < 0) {
 		dispose(o);
-		return error_set(err, code, "starting the console's thread: %s", strerror(code));
+		return result;
 	}
 	*output = o;
 	return 0;
@@ -235,16 +236,16 @@ bool console_output_destroy(struct console_output *o)
 	o->released = o->closing = true;
 	o->refused = false; /* the loop may be gone when a writer that hangs comes back */
 	pthread_cond_broadcast(&o->filled);
-	while (!stuck && (o->writing || (o->sink >= 0 && o->head != o->tail)))
+	while (!stuck && o->writer.runs && (o->writing || (o->sink >= 0 && o->head != o->tail)))
 		stuck = pthread_cond_timedwait(&o->drained, &o->lock, &deadline) == ETIMEDOUT;
 	stuck = stuck && !o->ended;
 	o->abandoned = stuck;
 	if (stuck)
-		pthread_detach(o->writer);
+		pthread_detach(o->writer.id);
 	pthread_mutex_unlock(&o->lock);
 	if (stuck) /* the writer disposes, should it ever come back */
 		return false;
-	pthread_join(o->writer, NULL);
+	thread_join(&o->writer);
 	dispose(o);
 	return true;
 }

@@ -7,13 +7,14 @@
 
 #include "base/error.h"
 #include "base/loop.h"
+#include "base/threads.h"
 
 struct console_output;
 
 /* socket: sinks are clients of a socket, which come and go; else the one sink is a file, pipe or terminal. room(opaque)
  * is posted to the loop when bytes that console_output_put() refused would now be taken. */
-int console_output_create(struct console_output **output, bool socket, struct loop *loop, void (*room)(void *opaque),
-	void *opaque, struct error *err);
+int console_output_create(struct console_output **output, bool socket, struct loop *loop, struct threads *threads,
+	void (*room)(void *opaque), void *opaque, struct error *err);
 /* Writes out what there is, for two seconds at most. The sink is not used any more after it, unless it returns false: a
  * write hangs, and its thread is left to the end of the process. */
 bool console_output_destroy(struct console_output *output);

@@ -173,20 +173,17 @@ static int exit_status(struct vm *vm, struct error *err)
 
 int vm_run(struct vm *vm, struct error *err)
 {
-	unsigned threads = 0;
-	int code = 0;
+	struct error why = {0};
+	int result = 0;
 
-	while (threads < vm->cpus && !code) {
-		struct vcpu *v = &vm->vcpu[threads];
+	for (unsigned i = 0; i < vm->cpus && result == 0; i++) {
+		char name[16];
 
-		code = pthread_create(&v->thread, NULL, vcpu_main, v);
-		if (!code)
-			threads++;
+		snprintf(name, sizeof(name), "vcpu%u", i);
+		result = thread_start(&vm->vcpu[i].thread, &vm->threads, THREAD_VCPU, name, vcpu_main, &vm->vcpu[i], &why);
 	}
-	if (code) {
-		struct error why = {0};
-
-		error_set(&why, code, "starting the thread of vCPU %u: %s; give fewer --cpus", threads, strerror(code));
+	if (result < 0) {
+		error_wrap(&why, "give fewer --cpus");
 		vm_stop(vm, VM_CAUSE_FAILED, &why);
 		/* Not all can park: no hand-over to the loop, the threads end at once. */
 		pthread_mutex_lock(&vm->lock);
@@ -195,9 +192,10 @@ int vm_run(struct vm *vm, struct error *err)
 		pthread_cond_broadcast(&vm->resumed);
 		pthread_mutex_unlock(&vm->lock);
 	} else {
+		thread_begin(&vm->threads, THREAD_MAIN);
 		loop_run(vm->loop);
 	}
-	for (unsigned i = 0; i < threads; i++)
-		pthread_join(vm->vcpu[i].thread, NULL);
+	for (unsigned i = 0; i < vm->cpus; i++)
+		thread_join(&vm->vcpu[i].thread);
 	return exit_status(vm, err);
 }

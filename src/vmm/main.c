@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdio.h>
 
+#include "vmm/jail.h"
 #include "vmm/options.h"
 #include "vmm/probe.h"
 #include "vmm/terminal.h"
@@ -41,6 +42,19 @@ int main(int argc, char *argv[])
 		return vmm_probe(stdout, config.probe_json) && !fflush(stdout) ? 0 : 1;
 	case VMM_RUN:
 		break;
+	}
+
+	if (config.jail) {
+		enum jail_role role;
+
+		if (jail_fork(&config, &role, &status, &err) < 0) {
+			vmm_config_free(&config);
+			return complain(&err, 1);
+		}
+		if (role == JAIL_KEEPER) {
+			vmm_config_free(&config);
+			return status;
+		}
 	}
 
 	/* Before any thread is made, so that all inherit it: the signals that end or suspend us are read by the main

@@ -11,6 +11,9 @@
 #include "engine/engine.h"
 
 #define MEMORY_DEFAULT (512ull << 20)
+/* Ids that nobody hands out: above what systemd knows of (its UIDS-GIDS page), below 2^31, which old programs fear. */
+#define JAIL_FIRST_ID 1900000000u
+#define JAIL_LAST_ID 1900065535u
 #define MEMORY_LEAST (16ull << 20)
 #define MEMORY_MOST (256ull << 30) /* the board keeps 512 GiB and up for 64-bit PCI windows */
 
@@ -224,6 +227,44 @@ static int parse_on_reset(struct vmm_config *config, const char *value, struct e
 	return 0;
 }
 
+static int parse_jail(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->jail = true;
+	return 0;
+}
+
+static int parse_id(uint32_t *id, const char **text)
+{
+	char *end;
+	unsigned long long value;
+
+	errno = 0;
+	value = strtoull(*text, &end, 10);
+	/* 0 is root, and the last one is no id: chown(2) and setresuid(2) take it for "as it is". */
+	if (**text < '0' || **text > '9' || errno || value < 1 || value > 0xfffffffe)
+		return -EINVAL;
+	*text = end;
+	*id = (uint32_t)value;
+	return 0;
+}
+
+static int parse_jail_ids(struct vmm_config *config, const char *value, struct error *err)
+{
+	const char *at = value;
+	int result = parse_id(&config->jail_first, &at);
+
+	config->jail_last = config->jail_first;
+	if (result == 0 && *at == '-') {
+		at++;
+		result = parse_id(&config->jail_last, &at);
+	}
+	if (result < 0 || *at || config->jail_last < config->jail_first)
+		return error_set(err, EINVAL,
+			"--jail-ids %s: give a user id above 0 or a range of them, such as %u-%u", value, JAIL_FIRST_ID,
+			JAIL_LAST_ID);
+	return 0;
+}
+
 static int parse_help(struct vmm_config *config, const char *value, struct error *err)
 {
 	config->action = VMM_HELP;
@@ -264,6 +305,8 @@ static const struct option_spec {
 	{"engine", "auto|kvm|bt", parse_engine, "what runs the guest's code; auto: kvm if it really can [auto]"},
 	{"on-reset", "reboot|exit", parse_on_reset, "what a guest's reset does [reboot]"},
 	{"probe", "[=json]", parse_probe, "say which engine auto takes here, and why not the others"},
+	{"jail", NULL, parse_jail, "confine the process once everything is open; needs root"},
+	{"jail-ids", "ID[-ID]", parse_jail_ids, "user and group id in the jail, or a range to choose a free one from"},
 	{"help", NULL, parse_help, "show this text"},
 	{"version", NULL, parse_version, "show the version"},
 };
@@ -280,7 +323,8 @@ int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], st
 {
 	int result;
 
-	*config = (struct vmm_config){.cpus = 1, .memory = MEMORY_DEFAULT};
+	*config = (struct vmm_config){
+		.cpus = 1, .memory = MEMORY_DEFAULT, .jail_first = JAIL_FIRST_ID, .jail_last = JAIL_LAST_ID};
 	for (int i = 1; i < argc; i++) {
 		const char *name = argv[i] + 2, *equals, *value = NULL;
 		const struct option_spec *option;

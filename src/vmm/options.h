@@ -46,6 +46,8 @@ struct vmm_config {
 	enum vmm_serial serial;
 	const char *serial_path; /* of file= and socket= */
 	bool exit_on_reset;
+	bool jail;
+	uint32_t jail_first, jail_last; /* user and group ids to choose from */
 };
 
 /* Fills config, defaults included. An error names the option, the value found and the remedy; the configuration must be

@@ -3,7 +3,6 @@
 #include "vmm/vm.h"
 
 #include <linux/futex.h>
-#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -193,29 +192,13 @@ static void engine_failed(struct vcpu *v, const char *message)
 	vm_stop(v->vm, VM_CAUSE_FAILED, &err);
 }
 
-/* Leaves only what a fault of this thread itself raises; signals to the process are the main thread's, and an engine
- * that kicks by a signal unblocks its own. */
-static void block_signals(void)
-{
-	static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGABRT};
-	sigset_t blocked;
-
-	sigfillset(&blocked);
-	for (unsigned i = 0; i < sizeof(faults) / sizeof(faults[0]); i++)
-		sigdelset(&blocked, faults[i]);
-	pthread_sigmask(SIG_SETMASK, &blocked, NULL);
-}
-
+/* Signals to the process are the main thread's; an engine that kicks by a signal unblocks its own. */
 void *vcpu_main(void *opaque)
 {
 	struct vcpu *v = opaque;
 	struct vm *vm = v->vm;
 	struct engine_exit exit;
-	char name[16];
 
-	block_signals();
-	snprintf(name, sizeof(name), "vcpu%u", v->index);
-	pthread_setname_np(pthread_self(), name);
 	power_on(v);
 	for (;;) {
 		if (atomic_load(&vm->phase) != VM_RUNNING) {

@@ -95,7 +95,8 @@ static int add_disk(struct vm *vm, unsigned index, struct error *err)
 {
 	const struct vmm_disk *wanted = &vm->config->disk[index];
 	struct virtio_blk_options options = {
-		.queues = min(vm->cpus, (unsigned)VIRTIO_BLK_QUEUES_MAX), .serial = vm->disk_serial[index]};
+		.queues = min(vm->cpus, (unsigned)VIRTIO_BLK_QUEUES_MAX), .serial = vm->disk_serial[index],
+		.threads = &vm->threads};
 	int result = disk_open(&vm->disk[index], wanted->path, &wanted->options, err);
 
 	if (result < 0)
@@ -179,13 +180,46 @@ static int create_vcpus(struct vm *vm, struct error *err)
 	return result < 0 ? error_wrap(err, "engine %s", vm->engine->name) : 0;
 }
 
+static struct boot_config boot_config(const struct vm *vm)
+{
+	return (struct boot_config){.kernel = vm->config->kernel,
+		.initrd = vm->config->initrd,
+		.cmdline = vm->config->cmdline,
+		.files = vm->config->jail ? &vm->boot_files : NULL};
+}
+
+/* In a jail no file can be opened any more when the guest resets. */
+static int open_boot_files(struct vm *vm, struct error *err)
+{
+	struct boot_config boot = boot_config(vm);
+
+	return vm->config->jail ? boot_open(&vm->boot_files, &vm->memory, &boot, err) : 0;
+}
+
 int vm_load(struct vm *vm, struct error *err)
 {
-	struct boot_config boot = {
-		.kernel = vm->config->kernel, .initrd = vm->config->initrd, .cmdline = vm->config->cmdline};
+	struct boot_config boot = boot_config(vm);
 	int result = acpi_write_tables(vm->board, vm->cpus, &boot.rsdp, err);
 
 	return result < 0 ? result : boot_load(&vm->entry, &vm->memory, &boot, err);
+}
+
+/* ---- the jail ---- */
+
+/* When all is open and before the first thread is there, since namespaces and ids are a thread's own. */
+static int enter_jail(struct vm *vm, struct error *err)
+{
+	unsigned threads = vm->cpus + 1; /* vCPUs and console */
+	int result;
+
+	if (!vm->config->jail)
+		return 0;
+	for (unsigned i = 0; i < vm->config->disks; i++)
+		threads += min(vm->cpus, (unsigned)VIRTIO_BLK_QUEUES_MAX);
+	result = jail_enter(&vm->jail, vm->config, threads, err);
+	vm->threads.begin = jail_thread_begin;
+	vm->threads.opaque = vm->jail;
+	return result;
 }
 
 /* ---- together, and apart ---- */
@@ -207,13 +241,19 @@ static int assemble(struct vm *vm, struct error *err)
 	if (result == 0)
 		result = create_vcpus(vm, err);
 	if (result == 0)
+		result = open_boot_files(vm, err);
+	if (result == 0)
 		result = vm_load(vm, err);
 	if (result == 0)
 		result = vm_watch_signals(vm, err);
 	/* Last, so that the terminal is left alone as long as something can be wrong. */
 	if (result == 0)
 		result = console_create(&vm->console, vm->config->serial, vm->config->serial_path,
-			board_serial(vm->board), vm->loop, user_leaves, vm, err);
+			board_serial(vm->board), vm->loop, &vm->threads, user_leaves, vm, err);
+	if (result == 0)
+		result = enter_jail(vm, err);
+	if (result == 0)
+		result = threads_release(&vm->threads, err);
 	return result;
 }
 
@@ -226,7 +266,9 @@ int vm_create(struct vm **created, const struct vmm_config *config, struct error
 		return error_errno(err, "virtual machine");
 	vm->config = config;
 	vm->cpus = config->cpus;
+	vm->threads.held = config->jail;
 	vm->signal_fd = -1;
+	vm->boot_files = (struct boot_files){.kernel = -1, .initrd = -1};
 	pthread_mutex_init(&vm->lock, NULL);
 	pthread_cond_init(&vm->resumed, NULL);
 	for (unsigned i = 0; i < vm->cpus; i++) {
@@ -277,12 +319,14 @@ int vm_destroy(struct vm *vm, struct error *err)
 	if (vm->board)
 		board_destroy(vm->board);
 	console_destroy(vm->console); /* after the serial port, which gives out what it still holds */
+	boot_close(&vm->boot_files);
 	if (vm->has_memory)
 		memory_destroy(&vm->memory);
 	if (vm->signal_fd >= 0)
 		close(vm->signal_fd);
 	if (vm->loop)
 		loop_destroy(vm->loop);
+	jail_forget(vm->jail);
 	pthread_cond_destroy(&vm->resumed);
 	pthread_mutex_destroy(&vm->lock);
 	free(vm);

@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "base/loop.h"
+#include "base/threads.h"
 #include "device/devices.h"
 #include "engine/engine.h"
 #include "machine/board.h"
@@ -22,6 +23,7 @@
 #include "machine/memory.h"
 #include "net/net.h"
 #include "vmm/console.h"
+#include "vmm/jail.h"
 #include "vmm/options.h"
 
 enum vm_phase {
@@ -51,7 +53,7 @@ struct vcpu {
 	struct vm *vm;
 	unsigned index;
 	struct engine_vcpu *engine;
-	pthread_t thread;
+	struct thread thread;
 
 	atomic_uint calls;
 	atomic_uint wakes; /* counts up at each wake; what a sleeping vCPU thread waits on (futex) */
@@ -70,11 +72,14 @@ struct vm {
 	struct guest_memory memory;
 	bool has_memory;
 	struct loop *loop;
+	struct threads threads;
+	struct jail *jail; /* NULL: none */
 	struct board *board;
 	struct board_host host;
 	struct engine_board engine_board;
 	struct engine_vm *engine_vm;
 	bool own_chips; /* the engine's, which start and halt vCPUs too */
+	struct boot_files boot_files;
 	struct boot_entry entry;
 	struct console *console;
 	struct disk *disk[VMM_DISKS_MAX];

@@ -93,7 +93,7 @@ static void leave(void *opaque)
 
 static int create(struct fixture *f, enum vmm_serial kind, struct error *err)
 {
-	return console_create(&f->console, kind, f->path, &f->serial, f->loop, leave, f, err);
+	return console_create(&f->console, kind, f->path, &f->serial, f->loop, NULL, leave, f, err);
 }
 
 static void start(struct fixture *f)
