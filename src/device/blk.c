@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 
 #include "base/cleanup.h"
 #include "base/loop.h"
@@ -333,21 +334,27 @@ void virtio_blk_serve(struct virtio_device *device, unsigned queue)
 
 /* ---- workers ---- */
 
+/* False: the worker is to end. */
+static bool await_notification(struct worker *w)
+{
+	eventfd_t count;
+
+	if (w->queue->bell >= 0)
+		eventfd_read(w->queue->bell, &count);
+	scope_lock(&w->lock);
+	while (w->queue->bell < 0 && !w->notified && !w->leave)
+		pthread_cond_wait(&w->wake, &w->lock);
+	w->notified = false;
+	return !w->leave;
+}
+
 static void *worker_main(void *opaque)
 {
 	struct worker *w = opaque;
 
-	for (;;) {
-		{
-			scope_lock(&w->lock);
-			while (!w->notified && !w->leave)
-				pthread_cond_wait(&w->wake, &w->lock);
-			if (w->leave)
-				return NULL;
-			w->notified = false;
-		}
+	while (await_notification(w))
 		serve(w);
-	}
+	return NULL;
 }
 
 static void worker_wake(struct worker *w, bool leave)
@@ -356,6 +363,8 @@ static void worker_wake(struct worker *w, bool leave)
 	w->leave |= leave;
 	w->notified = true;
 	pthread_cond_signal(&w->wake);
+	if (w->queue->bell >= 0)
+		eventfd_write(w->queue->bell, 1);
 }
 
 void virtio_blk_limit(struct virtio_device *device, const struct rate_limits *limits)
@@ -460,6 +469,7 @@ static const struct virtio_model model = {
 	.id = 2,
 	.pci_class = 0x010000, /* SCSI storage controller, as other implementations say */
 	.notify = notify,
+	.reads_bells = true,
 	.config_write = config_write,
 	.started = started,
 	.counters = counter_names,
@@ -504,6 +514,8 @@ int virtio_blk_create(struct virtio_device **device, struct board *board, struct
 	rate_limit_init(&blk->limit);
 	snprintf(blk->serial, sizeof(blk->serial), "%s", options->serial ? options->serial : "");
 	ret = virtio_init(&blk->virtio, &model, board_memory(board), queues, QUEUE_SIZE, err);
+	if (ret == 0)
+		ret = virtio_make_bells(&blk->virtio, board, err);
 	if (ret == 0)
 		describe(blk, queues);
 	for (unsigned i = 0; i < queues && ret == 0; i++)

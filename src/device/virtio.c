@@ -10,10 +10,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include "base/cleanup.h"
 #include "base/loop.h"
 #include "base/util.h"
+#include "machine/board.h"
 
 #define COMPLAINTS_MAX 10		 /* lines per device ... */
 #define COMPLAINTS_PERIOD 60000000000ull /* ... and minute */
@@ -39,6 +42,22 @@ int virtio_init(struct virtio_device *device, const struct virtio_model *model, 
 		q->size_max = q->ring.size = queue_size;
 		q->ring.memory = memory;
 		q->vector = VIRTIO_NO_VECTOR;
+		q->bell = -1;
+	}
+	return 0;
+}
+
+int virtio_make_bells(struct virtio_device *device, struct board *board, struct error *err)
+{
+	if (!board_has_bells(board))
+		return 0;
+	for (unsigned i = 0; i < device->queue_count; i++) {
+		struct virtio_queue *q = &device->queues[i];
+
+		if (q->bell < 0)
+			q->bell = eventfd(0, EFD_CLOEXEC | (device->model->reads_bells ? 0 : EFD_NONBLOCK));
+		if (q->bell < 0)
+			return error_errno(err, "%s: eventfd of queue %u", device->name, i);
 	}
 	return 0;
 }
@@ -47,8 +66,11 @@ void virtio_release(struct virtio_device *device)
 {
 	if (!device->queues)
 		return;
-	for (unsigned i = 0; i < device->queue_count; i++)
+	for (unsigned i = 0; i < device->queue_count; i++) {
 		pthread_mutex_destroy(&device->queues[i].lock);
+		if (device->queues[i].bell >= 0)
+			close(device->queues[i].bell);
+	}
 	pthread_mutex_destroy(&device->lock);
 	free(take_ptr(device->queues));
 }

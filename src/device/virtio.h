@@ -36,18 +36,24 @@ struct virtio_queue {
 	struct virtio_device *device;
 	unsigned index;
 	uint16_t size_max;
+	int bell; /* eventfd that the guest's notification rings where the engine can; -1: none, virtio_notify() is called */
 	/* set by the driver, under the device's lock */
 	bool enabled;
 	_Atomic uint16_t vector;
 };
+
+struct board;
 
 /* A type of device. */
 struct virtio_model {
 	const char *name;
 	uint16_t id; /* section 5 */
 	uint32_t pci_class;
-	/* The guest has put something into the queue. On the vCPU's thread, no lock held: short, or handed on. */
+	/* The guest has put something into the queue. On the vCPU's thread or, with bells, the loop's; no lock held:
+	 * short, or handed on. */
 	void (*notify)(struct virtio_device *device, struct virtio_queue *queue);
+	/* The type's own threads wait for the bells of their queues, where there are any; else the loop does. */
+	bool reads_bells;
 	/* The driver writes `size` bytes at `offset` of the configuration: changes what it may in device->config, whose
 	 * lock is held. NULL: nothing is writable. */
 	void (*config_write)(struct virtio_device *device, unsigned offset, unsigned size, uint32_t value);
@@ -96,7 +102,9 @@ struct virtio_device {
 /* Fills in what is common. device->config and offered (without the common features) may be set before or after. */
 int virtio_init(struct virtio_device *device, const struct virtio_model *model, struct guest_memory *memory,
 	unsigned queues, uint16_t queue_size, struct error *err);
-/* Undoes it; the transport is gone. */
+/* Gives each queue a bell if guests of this board can ring; virtio_pci_attach does so for a type that has not. */
+int virtio_make_bells(struct virtio_device *device, struct board *board, struct error *err);
+/* Undoes both; the transport is gone. */
 void virtio_release(struct virtio_device *device);
 
 static inline bool virtio_has(const struct virtio_device *device, unsigned feature)

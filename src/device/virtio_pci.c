@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 
 #include "base/cleanup.h"
 #include "base/util.h"
@@ -76,6 +78,9 @@ struct virtio_pci {
 	_Atomic uint16_t config_vector;
 	_Atomic uint16_t queue_select;
 	_Atomic uint32_t device_feature_select, driver_feature_select;
+
+	struct io_bell *bells; /* one per queue, in BAR 0; NULL: none */
+	struct loop *loop;     /* that reads them; NULL: the device does */
 
 	pthread_mutex_t isr_lock; /* ISR and the INTx line that shows it */
 	uint8_t isr;
@@ -419,6 +424,51 @@ static int add_capabilities(struct virtio_pci *v, struct error *err)
 	return pci_add_msix(&v->pci, 1 + d->queue_count, BAR_MSIX, err);
 }
 
+/* ---- bells: queues that the guest notifies without leaving guest mode for long ---- */
+
+static void bell_rung(void *opaque, int fd, uint32_t events)
+{
+	struct virtio_queue *q = opaque;
+	eventfd_t count;
+
+	if (eventfd_read(fd, &count) == 0)
+		virtio_notify(q->device, q->index);
+}
+
+static int hang_bells(struct virtio_pci *v, struct board *board, struct error *err)
+{
+	struct virtio_device *d = v->device;
+	struct io_region *region = &v->pci.bar[BAR_REGISTERS].region;
+	int ret = virtio_make_bells(d, board, err);
+
+	if (ret < 0 || d->queues[0].bell < 0)
+		return ret;
+	v->bells = calloc(d->queue_count, sizeof(*v->bells));
+	if (!v->bells)
+		return error_set(err, ENOMEM, "%s: no memory for %u bells", d->name, d->queue_count);
+	v->loop = d->model->reads_bells ? NULL : board_loop(board);
+	for (unsigned i = 0; i < d->queue_count; i++) {
+		struct virtio_queue *q = &d->queues[i];
+
+		v->bells[i] = (struct io_bell){.offset = (NOTIFY - 1) * PAGE + i * NOTIFY_MULTIPLIER, .fd = q->bell};
+		ret = v->loop ? loop_add_fd(v->loop, q->bell, EPOLLIN, bell_rung, q, err) : 0;
+		if (ret < 0)
+			return ret;
+		region->bell_count++;
+	}
+	region->bells = v->bells;
+	return 0;
+}
+
+static void take_bells_down(struct virtio_pci *v)
+{
+	const struct io_region *region = &v->pci.bar[BAR_REGISTERS].region;
+
+	for (unsigned i = 0; v->loop && i < region->bell_count; i++)
+		loop_remove_fd(v->loop, v->bells[i].fd);
+	free(v->bells);
+}
+
 int virtio_pci_attach(struct virtio_device *device, struct board *board, struct error *err)
 {
 	struct error mine;
@@ -447,6 +497,8 @@ int virtio_pci_attach(struct virtio_device *device, struct board *board, struct 
 	/* On the bus last and complete: the guest may be looking. */
 	ret = add_capabilities(v, err);
 	if (ret >= 0)
+		ret = hang_bells(v, board, err);
+	if (ret >= 0)
 		ret = pci_add(board_pci(board), &v->pci, -1, err);
 	if (ret < 0) {
 		virtio_pci_detach(device);
@@ -463,6 +515,7 @@ void virtio_pci_detach(struct virtio_device *device)
 	if (!v)
 		return;
 	pci_remove(&v->pci);
+	take_bells_down(v);
 	pthread_mutex_destroy(&v->isr_lock);
 	device->transport = NULL;
 	free(v);

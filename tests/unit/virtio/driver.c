@@ -75,6 +75,11 @@ struct guest_memory *board_memory(struct board *board)
 	return &board->memory;
 }
 
+bool board_has_bells(struct board *board)
+{
+	return false;
+}
+
 struct loop *board_loop(struct board *board)
 {
 	return board->loop;
