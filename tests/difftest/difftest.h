@@ -99,6 +99,7 @@ struct forms {
 };
 /* Where CPUID's answers come from: the host, or a CPU model of the engine. */
 struct isa_source {
+	bool fewer_components; /* than the host: what XSAVE does is not what it does there */
 	void (*cpuid)(const void *model, uint32_t leaf, uint32_t subleaf, uint32_t out[4]);
 	const void *model;
 };

@@ -365,7 +365,9 @@ static int consider(
 	if (seen_before(e, f.key))
 		return 0;
 	classify(&f, &insn, ops);
-	if (is_excluded(&f, &insn, ops)) {
+	if (is_excluded(&f, &insn, ops) ||
+		(e->source->fewer_components && insn.meta.isa_ext >= ZYDIS_ISA_EXT_XSAVE &&
+			insn.meta.isa_ext <= ZYDIS_ISA_EXT_XSAVES)) {
 		forms->dropped_excluded++;
 		return 0;
 	}

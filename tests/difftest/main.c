@@ -30,11 +30,13 @@ static void model_cpuid(const void *model, uint32_t leaf, uint32_t subleaf, uint
 /* The engine offers what its CPU model says, the stand-in what the host has. */
 static int choose_isa(struct options *o, struct error *err)
 {
-	o->isa = (struct isa_source){isa_host_cpuid, NULL};
+	o->isa = (struct isa_source){.cpuid = isa_host_cpuid};
 	if (o->engine == &engine_native)
 		return 0;
 	o->model = cpu_model_find(o->cpu ? o->cpu : "host", err);
-	o->isa = (struct isa_source){model_cpuid, o->model};
+	o->isa = (struct isa_source){.cpuid = model_cpuid,
+		.model = o->model,
+		.fewer_components = o->model && o->model->xcr0 != xsave_layout()->xcr0};
 	return o->model ? 0 : -err->code;
 }
 #else
@@ -42,7 +44,7 @@ static const struct engine *const testable[] = {&engine_native};
 
 static int choose_isa(struct options *o, struct error *err)
 {
-	o->isa = (struct isa_source){isa_host_cpuid, NULL};
+	o->isa = (struct isa_source){.cpuid = isa_host_cpuid};
 	return 0;
 }
 #endif

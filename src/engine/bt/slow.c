@@ -864,13 +864,13 @@ static unsigned area_end(const struct bt_vcpu *v, uint64_t components, bool comp
 }
 
 /* FXSAVE and the XSAVE family, over a copy: what the host's instruction makes of the host's registers, which are the
- * guest's. XSAVES and XRSTORS are XSAVEC and XRSTOR: no supervisor component is offered. XSAVEOPT is XSAVE: the CPU would
- * take the copy's address for the guest's and leave out what it believes unchanged there. */
+ * guest's. XSAVES and XRSTORS are XSAVEC and XRSTOR: no supervisor component is offered. XSAVEs go to
+ * a place from which nothing is ever restored, or XSAVEOPT would leave out what it believes unchanged there. */
 static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 {
 	const struct bt_decoded *d = &e->i.d;
 	ZydisMnemonic m = d->insn.mnemonic;
-	bool fx = false, restore = false, privileged = false, compact = false, wide = false;
+	bool fx = false, restore = false, privileged = false, compact = false, wide = false, optimize = false;
 	uint64_t mask = (v->gprs[2] << 32 | (uint32_t)v->gprs[0]) & v->xcr0, linear, *header;
 	uint8_t *area = v->private->wide_bounce;
 	uint32_t lo = (uint32_t)mask;
@@ -889,8 +889,9 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 	case ZYDIS_MNEMONIC_XRSTORS: restore = privileged = true; break;
 	case ZYDIS_MNEMONIC_XRSTOR64:
 	case ZYDIS_MNEMONIC_XRSTOR: restore = true; break;
-	case ZYDIS_MNEMONIC_XSAVE64:
-	case ZYDIS_MNEMONIC_XSAVEOPT64: wide = true; break;
+	case ZYDIS_MNEMONIC_XSAVEOPT64: wide = true; /* fall through */
+	case ZYDIS_MNEMONIC_XSAVEOPT: optimize = true; break;
+	case ZYDIS_MNEMONIC_XSAVE64: wide = true; break;
 	default: break;
 	}
 	if (!fx && !(v->cr4 & CR4_OSXSAVE))
@@ -904,6 +905,8 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 		return bt_raise_error(v, VECTOR_GP, 0);
 	if (bt_effective_address(v, d, e->i.memory, 1, restore ? BT_READ : BT_WRITE, &linear))
 		return BT_FAULT;
+	if (!restore)
+		area += sizeof(v->private->wide_bounce) / 2;
 	size = fx ? 512 : area_end(v, mask, compact);
 	header = (uint64_t *)(void *)(area + 512);
 	if (restore && !fx) {
@@ -962,6 +965,11 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 			__asm__ volatile("xsavec64 (%0)" ::"r"(area), "a"(lo), "d"(0) : "memory");
 		else
 			__asm__ volatile("xsavec (%0)" ::"r"(area), "a"(lo), "d"(0) : "memory");
+	} else if (optimize) {
+		if (wide)
+			__asm__ volatile("xsaveopt64 (%0)" ::"r"(area), "a"(lo), "d"(0) : "memory");
+		else
+			__asm__ volatile("xsaveopt (%0)" ::"r"(area), "a"(lo), "d"(0) : "memory");
 	} else if (wide) {
 		__asm__ volatile("xsave64 (%0)" ::"r"(area), "a"(lo), "d"(0) : "memory");
 	} else {

@@ -361,13 +361,15 @@ static enum system_result mask_move(struct bt_vcpu *v, const struct bt_decoded *
 	}
 	if (!memory || mask == ZYDIS_REGISTER_NONE)
 		return SYSTEM_UNKNOWN;
-	if (bt_effective_address(v, d, memory, bytes, BT_WRITE, &linear))
-		return SYSTEM_FAULT;
 	fpu_park(v);
 	if (mmx && v->private->fpu[2] & 0x80) {
 		bt_raise(v, VECTOR_MF);
 		return SYSTEM_FAULT;
 	}
+	if (mmx)
+		enter_mmx(v); /* even if it faults */
+	if (bt_effective_address(v, d, memory, bytes, BT_WRITE, &linear))
+		return SYSTEM_FAULT;
 	for (unsigned n = 0; n < bytes; n++) {
 		uint8_t *m = mmx ? mmx_register(v, vector_number(mask)) + n : vector_byte(v, vector_number(mask), n);
 
@@ -379,11 +381,8 @@ static enum system_result mask_move(struct bt_vcpu *v, const struct bt_decoded *
 		bool fault;
 
 		tlb_host_page(v, at, true, user, &index, &fault);
-		if (!fault)
-			continue;
-		if (mmx)
-			enter_mmx(v);
-		return SYSTEM_FAULT;
+		if (fault)
+			return SYSTEM_FAULT;
 	}
 	for (unsigned n = 0; n < bytes; n++) {
 		uint8_t *s = mmx ? mmx_register(v, vector_number(source)) + n : vector_byte(v, vector_number(source), n);
@@ -392,8 +391,6 @@ static enum system_result mask_move(struct bt_vcpu *v, const struct bt_decoded *
 		if (enabled >> n & 1 && bt_write_linear(v, linear + n, &value, 1, user))
 			return SYSTEM_FAULT;
 	}
-	if (mmx)
-		enter_mmx(v);
 	v->rip += d->insn.length;
 	return SYSTEM_DONE;
 }
