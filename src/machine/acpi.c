@@ -8,6 +8,7 @@
 #include "base/util.h"
 #include "machine/acpi_tables.h"
 #include "machine/aml.h"
+#include "machine/hotplug.h"
 #include "machine/hotplug_pci.h"
 #include "machine/pci.h"
 
@@ -41,6 +42,7 @@ enum {
 
 	MADT_PCAT_COMPATIBLE = 1,
 	MADT_LAPIC_ENABLED = 1,
+	MADT_LAPIC_CAN_COME = 2, /* "online capable" */
 	/* MPS INTI flags (table 5.26) */
 	INTERRUPT_CONFORMS = 0,
 	INTERRUPT_LEVEL_HIGH = 0x0d,
@@ -95,15 +97,16 @@ static int put_table(struct area *area, void *table, size_t n, uint64_t *gpa, st
 
 /* ---- DSDT ---- */
 
-static void describe_cpus(struct aml *aml, unsigned cpus)
+static void describe_cpus(struct aml *aml, unsigned cpus, bool can_change)
 {
 	for (unsigned i = 0; i < cpus; i++) {
-		static const char digits[] = "0123456789ABCDEF";
-		char name[] = {'C', 'P', digits[i >> 4 & 15], digits[i & 15], 0};
-		size_t device = aml_begin_device(aml, name);
+		char name[5];
+		size_t device = aml_begin_device(aml, hotplug_cpu_name(name, i));
 
 		aml_name_string(aml, "_HID", "ACPI0007");
 		aml_name_integer(aml, "_UID", i);
+		if (i && can_change)
+			hotplug_describe_cpu(aml, i);
 		aml_end(aml, device);
 	}
 }
@@ -187,36 +190,55 @@ static void describe_motherboard(struct aml *aml)
 	aml_port(aml, BOARD_PORT_PM_BASE, 12);
 	aml_port(aml, BOARD_PORT_GPE, 4);
 	aml_port(aml, BOARD_PORT_PCI_HOTPLUG, 12);
+	aml_port(aml, BOARD_PORT_HOTPLUG, HOTPLUG_PORTS);
 	aml_end_resources(aml, resources);
 	aml_end(aml, device);
 }
 
 /* What has happened when a general-purpose event comes (edge-triggered: its status is cleared before). */
-static void describe_events(struct aml *aml)
+static void describe_events(struct aml *aml, bool cpus, bool memory)
 {
 	size_t scope = aml_begin_scope(aml, "\\_GPE"), method = aml_begin_method(aml, "_E01", 0);
 
 	aml_path(aml, "\\\x2f\x03_SB_PCI0PCNT");
 	aml_end(aml, method);
+	if (cpus) {
+		method = aml_begin_method(aml, "_E02", 0);
+		aml_path(aml, "\\\x2e_SB_CSCN");
+		aml_end(aml, method);
+	}
+	if (memory) {
+		method = aml_begin_method(aml, "_E03", 0);
+		aml_path(aml, "\\\x2e_SB_MSCN");
+		aml_end(aml, method);
+	}
 	aml_end(aml, scope);
 }
 
-static void build_dsdt(struct aml *aml, unsigned cpus)
+static void build_dsdt(struct aml *aml, struct board *board, unsigned cpus)
 {
+	/* A machine whose size is fixed says nothing of hot plug: its kernel starts faster. */
+	bool cpus_change = board_cpus_can_change(board), memory_changes = board_memory(board)->slots.count;
 	struct acpi_header header = {0};
 
 	fill_header(&header, "DSDT", 2); /* revision 2: integers of 64 bits */
 	aml_append(aml, &header, sizeof(header));
 
 	size_t scope = aml_begin_scope(aml, "\\_SB_");
-	describe_cpus(aml, cpus);
+	if (cpus_change || memory_changes)
+		hotplug_describe_registers(aml);
+	describe_cpus(aml, cpus, cpus_change);
+	if (cpus_change)
+		hotplug_describe_cpu_event(aml, cpus);
+	if (memory_changes)
+		hotplug_describe_memory(aml, board);
 	describe_pci(aml);
 	describe_serial(aml);
 	describe_clock(aml);
 	describe_motherboard(aml);
 	aml_end(aml, scope);
 
-	describe_events(aml);
+	describe_events(aml, cpus_change, memory_changes);
 
 	aml_name(aml, "_S5_");
 	size_t sleep = aml_begin_package(aml, 4);
@@ -227,11 +249,11 @@ static void build_dsdt(struct aml *aml, unsigned cpus)
 	aml_end(aml, sleep);
 }
 
-static int write_dsdt(struct area *area, unsigned cpus, uint64_t *gpa, struct error *err)
+static int write_dsdt(struct area *area, struct board *board, unsigned cpus, uint64_t *gpa, struct error *err)
 {
 	__attribute__((cleanup(aml_free))) struct aml aml = {0};
 
-	build_dsdt(&aml, cpus);
+	build_dsdt(&aml, board, cpus);
 	if (aml.failed)
 		return error_set(err, ENOMEM, "ACPI tables: no memory to build the DSDT");
 	return put_table(area, aml.bytes, aml.length, gpa, err);
@@ -290,7 +312,7 @@ static int write_facs(struct area *area, struct error *err)
 	return put(area, FACS_ADDRESS, &facs, sizeof(facs), err);
 }
 
-static int write_madt(struct area *area, unsigned cpus, uint64_t *gpa, struct error *err)
+static int write_madt(struct area *area, unsigned cpus, uint64_t there, uint64_t *gpa, struct error *err)
 {
 	struct {
 		struct acpi_madt madt;
@@ -312,7 +334,8 @@ static int write_madt(struct area *area, unsigned cpus, uint64_t *gpa, struct er
 
 	for (unsigned i = 0; i < cpus; i++)
 		table.lapic[i] = (struct acpi_madt_lapic){
-			.length = sizeof(table.lapic[i]), .uid = i, .id = i, .flags = MADT_LAPIC_ENABLED};
+			.length = sizeof(table.lapic[i]), .uid = i, .id = i,
+			.flags = there >> i & 1 ? MADT_LAPIC_ENABLED : MADT_LAPIC_CAN_COME};
 	fill_header(&table.madt.header, "APIC", 5);
 	return put_table(area, &table, sizeof(table) - (CPUS_MAX - cpus) * sizeof(table.lapic[0]), gpa, err);
 }
@@ -359,11 +382,11 @@ int acpi_write_tables(struct board *board, unsigned cpus, uint64_t *rsdp, struct
 		return error_set(err, EINVAL, "ACPI tables: %u CPUs; 1 to %d are possible", cpus, CPUS_MAX);
 	ret = write_facs(&area, err);
 	if (!ret)
-		ret = write_dsdt(&area, cpus, &dsdt, err);
+		ret = write_dsdt(&area, board, cpus, &dsdt, err);
 	if (!ret)
 		ret = write_fadt(&area, dsdt, &tables[0], err);
 	if (!ret)
-		ret = write_madt(&area, cpus, &tables[1], err);
+		ret = write_madt(&area, cpus, board_hotplug_there(board, BOARD_HOTPLUG_CPU), &tables[1], err);
 	if (!ret)
 		ret = write_mcfg(&area, &tables[2], err);
 	if (!ret)

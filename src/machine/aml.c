@@ -260,6 +260,17 @@ void aml_name_eisa(struct aml *aml, const char *name, const char *id)
 	append_number(aml, __builtin_bswap32(value), 4);
 }
 
+void aml_name_buffer(struct aml *aml, const char *name, const void *bytes, uint8_t n)
+{
+	aml_name(aml, name);
+	append_byte(aml, OP_BUFFER);
+	size_t begin = aml->length;
+
+	aml_integer(aml, n);
+	aml_append(aml, bytes, n);
+	aml_end(aml, begin);
+}
+
 /* ---- resources ---- */
 
 size_t aml_begin_resources(struct aml *aml)
@@ -341,4 +352,9 @@ void aml_window_memory(struct aml *aml, uint64_t first, uint64_t last)
 		window(aml, RESOURCE_QWORD, 8, WINDOW_MEMORY, 1 /* writable, not cacheable */, first, last);
 	else
 		window(aml, RESOURCE_DWORD, 4, WINDOW_MEMORY, 1, first, last);
+}
+
+void aml_ram(struct aml *aml, uint64_t first, uint64_t last)
+{
+	window(aml, RESOURCE_QWORD, 8, WINDOW_MEMORY, 3 /* writable, cacheable */, first, last);
 }

@@ -58,6 +58,7 @@ void aml_integer(struct aml *aml, uint64_t value);
 void aml_name(struct aml *aml, const char *name);
 void aml_name_integer(struct aml *aml, const char *name, uint64_t value);
 void aml_name_string(struct aml *aml, const char *name, const char *value);
+void aml_name_buffer(struct aml *aml, const char *name, const void *bytes, uint8_t n); /* n below 64 */
 /* id: three capitals and four hexadecimal digits, "PNP0A03" */
 void aml_name_eisa(struct aml *aml, const char *name, const char *id);
 
@@ -71,3 +72,5 @@ void aml_memory_fixed(struct aml *aml, uint32_t base, uint32_t size);
 void aml_window_buses(struct aml *aml, uint8_t first, uint8_t last);
 void aml_window_ports(struct aml *aml, uint16_t first, uint16_t last);
 void aml_window_memory(struct aml *aml, uint64_t first, uint64_t last);
+/* Memory that a device is */
+void aml_ram(struct aml *aml, uint64_t first, uint64_t last);

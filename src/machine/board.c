@@ -48,6 +48,8 @@ static int create_chips(struct board *board, struct error *err)
 		ret = pci_create(&board->pci, board, err);
 	if (!ret)
 		ret = hotplug_pci_create(&board->hotplug_pci, board, err);
+	if (!ret)
+		ret = hotplug_create(&board->hotplug, board, err);
 	return ret;
 }
 
@@ -59,6 +61,7 @@ static void reset_chips(struct board *board)
 	cmos_reset(&board->cmos);
 	pm_reset(&board->pm);
 	hotplug_pci_reset(&board->hotplug_pci);
+	hotplug_reset(&board->hotplug);
 	i8042_reset(&board->i8042);
 	pic_reset(&board->pic);
 	ioapic_reset(&board->ioapic);
@@ -81,6 +84,8 @@ int board_create(struct board **out, const struct board_config *config, struct e
 	if (!board)
 		return error_set(err, ENOMEM, "board: out of memory");
 	board->config = *config;
+	if (!config->cpus_there)
+		board->config.cpus_there = config->cpus;
 	board->host = *config->host;
 	board->lapics = calloc(config->cpus, sizeof(*board->lapics));
 	if (!board->lapics) {
@@ -107,6 +112,7 @@ void board_destroy(struct board *board)
 {
 	if (!board)
 		return;
+	hotplug_destroy(&board->hotplug);
 	hotplug_pci_destroy(&board->hotplug_pci);
 	pci_destroy(board->pci);
 	serial_destroy(board->serial);

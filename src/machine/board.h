@@ -27,6 +27,7 @@
 #define BOARD_PORT_RESET 0xcf9	 /* ACPI reset register: value 6 */
 #define BOARD_PORT_GPE 0x620 /* ACPI: 16 general-purpose events, status 0x620 to 0x621, enable 0x622 to 0x623 */
 #define BOARD_PORT_PCI_HOTPLUG 0x630 /* see hotplug_pci.h; 12 bytes */
+#define BOARD_PORT_HOTPLUG 0x640 /* see hotplug.h; 64 bytes */
 #define BOARD_SCI_IRQ 9
 
 /* General-purpose events: the DSDT's method _Exx of each says what has happened. */
@@ -35,6 +36,13 @@ enum board_gpe {
 	BOARD_GPE_CPU = 2,
 	BOARD_GPE_MEMORY = 3,
 	BOARD_GPE_GENERATION = 4, /* VMGENID */
+};
+
+/* What can come and go beside PCI devices; numbers: of the vCPU, of the slot of memory (memory.h). */
+enum board_hotplug { BOARD_HOTPLUG_CPU, BOARD_HOTPLUG_MEMORY };
+enum board_hotplug_event {
+	BOARD_HOTPLUG_GONE,    /* the guest has let go of it, whether or not somebody asked */
+	BOARD_HOTPLUG_REFUSED, /* it will not */
 };
 
 enum board_event {
@@ -53,11 +61,15 @@ struct board_host {
 	/* The guest has let go of these PCI slots (bit n: slot n); whether or not somebody asked. On a vCPU's thread,
 	 * in the middle of an access: a note, no more. May be NULL. */
 	void (*pci_ejected)(void *opaque, uint32_t slots);
+	/* Likewise. */
+	void (*hotplug)(void *opaque, enum board_hotplug kind, unsigned number, enum board_hotplug_event event);
 	void (*wake)(void *opaque, unsigned cpu); /* run cpu again even if it is halted with interrupts off */
 };
 
 struct board_config {
-	unsigned cpus; /* 1 to 64 */
+	unsigned cpus; /* 1 to 64: all that there can be */
+	unsigned cpus_there; /* from the beginning, the others can be plugged in; 0: all */
+	bool cpus_change; /* the guest is told of hot plug */
 	struct guest_memory *memory;
 	struct loop *loop; /* timers of the chips run on it */
 	const struct board_host *host;
@@ -109,6 +121,13 @@ void board_gpe(struct board *board, enum board_gpe gpe);
  * host->pci_ejected, or never). */
 void board_pci_added(struct board *board, unsigned slot);
 void board_pci_ask_removal(struct board *board, unsigned slot);
+
+/* Hot plug of vCPUs and memory: which numbers (bit n) are there; one that is not comes; one that is there is asked to go
+ * (the guest answers by host->hotplug, or never). The vCPU is ready to be started, the memory is plugged before. */
+bool board_cpus_can_change(struct board *board);
+uint64_t board_hotplug_there(struct board *board, enum board_hotplug kind);
+void board_hotplug_add(struct board *board, enum board_hotplug kind, unsigned number);
+void board_hotplug_ask_removal(struct board *board, enum board_hotplug kind, unsigned number);
 
 /* Level of a global system interrupt: 0 to 15 reach both 8259s and the IOAPIC (with the usual override of 0 to 2), 16 to
  * 23 the IOAPIC only. */

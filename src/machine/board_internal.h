@@ -8,6 +8,7 @@
 #include "base/util.h"
 #include "machine/board.h"
 #include "machine/cmos.h"
+#include "machine/hotplug.h"
 #include "machine/hotplug_pci.h"
 #include "machine/i8042.h"
 #include "machine/ioapic.h"
@@ -43,6 +44,7 @@ struct board {
 	struct serial *serial;
 	struct pci_bus *pci;
 	struct hotplug_pci hotplug_pci;
+	struct hotplug hotplug;
 };
 
 /* board_irq for callers that hold a chip's lock: what the level causes at the host is noted in w. */

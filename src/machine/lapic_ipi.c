@@ -27,14 +27,14 @@ static bool matches_logical(const struct lapic *l, const struct apic_message *m)
 static uint64_t targets(struct board *board, const struct apic_message *m)
 {
 	unsigned cpus = board->config.cpus;
-	uint64_t all = cpus == 64 ? ~0ull : (1ull << cpus) - 1, set = 0;
+	uint64_t all = board_hotplug_there(board, BOARD_HOTPLUG_CPU), set = 0;
 
 	if (m->destination == (m->wide ? BROADCAST_WIDE : BROADCAST))
 		return all;
 	if (!m->logical)
-		return m->destination < cpus ? 1ull << m->destination : 0;
+		return m->destination < cpus ? 1ull << m->destination & all : 0;
 	for (unsigned i = 0; i < cpus; i++) {
-		if (matches_logical(&board->lapics[i], m))
+		if (all >> i & 1 && matches_logical(&board->lapics[i], m))
 			set |= 1ull << i;
 	}
 	return set;

@@ -171,6 +171,7 @@ void cache_link(struct bt_vm *vm, struct bt_site *site, struct bt_block *target)
  * inside an exclusive section (it enters one). */
 void cache_page_written(struct bt_vcpu *v, uint64_t index, unsigned offset, unsigned size);
 void cache_device_wrote(void *vm, uint64_t gpa, uint64_t size);
+int cache_memory_changes(void *vm, const struct memory_range *range, bool comes, struct error *err);
 void cache_drop_pages(struct bt_vcpu *v); /* does what cache_device_wrote asked for */
 /* Makes writes to page `index` come to cache_page_written, on every vCPU, before it returns. */
 void cache_protect_page(struct bt_vcpu *v, uint64_t index, uint8_t *host);

@@ -173,7 +173,7 @@ static void make_stubs(struct bt_vm *vm)
 int cache_create(struct bt_vm *vm, struct error *err)
 {
 	int fd = memfd_create("hostel-code", MFD_CLOEXEC);
-	uint64_t pages = vm->memory->size >> 12;
+	uint64_t pages = memory_page_count(vm->memory);
 
 	pthread_mutex_init(&vm->translate_lock, NULL);
 	pthread_mutex_init(&vm->exclusive_lock, NULL);
@@ -208,7 +208,7 @@ void cache_destroy(struct bt_vm *vm)
 	munmap((void *)(uintptr_t)vm->code_run, vm->code_size);
 	munmap(vm->arena, vm->arena_size);
 	munmap(vm->by_address, vm->blocks_max * sizeof(*vm->by_address));
-	munmap(vm->page_blocks, (vm->memory->size >> 12) * sizeof(*vm->page_blocks));
+	munmap(vm->page_blocks, memory_page_count(vm->memory) * sizeof(*vm->page_blocks));
 	munmap((void *)vm->hash, sizeof(*vm->hash) << BT_HASH_BITS);
 	close(vm->code_fd);
 }
@@ -429,6 +429,20 @@ void cache_device_wrote(void *opaque, uint64_t gpa, uint64_t size)
 		for (unsigned k = 0; k < vm->cpus; k++)
 			if (vm->vcpu[k])
 				vm->vcpu[k]->kick = 1;
+}
+
+/* The host addresses in the TLBs stay mapped, so that it is enough that they are forgotten soon. */
+int cache_memory_changes(void *opaque, const struct memory_range *range, bool comes, struct error *err)
+{
+	struct bt_vm *vm = opaque;
+
+	for (unsigned k = 0; !comes && k < vm->cpus; k++) {
+		if (!vm->vcpu[k])
+			continue;
+		vm->vcpu[k]->private->flush_wanted = true;
+		vm->vcpu[k]->kick = 1;
+	}
+	return 0;
 }
 
 void cache_drop_pages(struct bt_vcpu *v)

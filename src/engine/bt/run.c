@@ -120,6 +120,8 @@ static enum next on_kick(struct bt_vcpu *v, struct engine_exit *exit)
 	}
 	if (v->vm->written_pending)
 		cache_drop_pages(v);
+	if (atomic_exchange(&p->flush_wanted, false))
+		bt_tlb_flush(v, false);
 	if (atomic_exchange(&p->leave, false))
 		return leave(exit, ENGINE_EXIT_KICKED);
 	return GO_ON;
@@ -382,8 +384,10 @@ static void bt_vm_destroy(struct engine_vm *vm)
 {
 	if (!vm)
 		return;
-	if (vm->bt.memory && vm->bt.memory->written == cache_device_wrote)
+	if (vm->bt.memory && vm->bt.memory->written == cache_device_wrote) {
 		vm->bt.memory->written = NULL;
+		vm->bt.memory->slot_changes = NULL;
+	}
 	translate_destroy(&vm->bt);
 	cache_destroy(&vm->bt);
 	free(vm);
@@ -418,6 +422,7 @@ static int bt_vm_create(struct engine_vm **made, const struct engine_config *con
 	}
 	config->memory->opaque = &vm->bt;
 	config->memory->written = cache_device_wrote;
+	config->memory->slot_changes = cache_memory_changes;
 	signals_install();
 	*made = vm;
 	return 0;

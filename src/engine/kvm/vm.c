@@ -89,23 +89,57 @@ int kvm_open(int *fd, struct error *err)
 
 /* ---- the VM ---- */
 
+/* KVM's slots: the ranges of RAM that are always there, then those into which memory can be plugged. */
+#define PLUGGABLE_FIRST ARRAY_SIZE(((struct guest_memory *)0)->range)
+#define SLOTS (PLUGGABLE_FIRST + MEMORY_SLOTS_MAX)
+
+/* What is in KVM's slot i; size 0: nothing. */
+static struct memory_range memory_in(const struct guest_memory *m, unsigned i)
+{
+	if (i < m->ranges)
+		return m->range[i];
+	if (i < PLUGGABLE_FIRST || !(atomic_load(&m->slots.plugged) >> (i - PLUGGABLE_FIRST) & 1))
+		return (struct memory_range){0};
+	return memory_slot(m, i - PLUGGABLE_FIRST);
+}
+
+static int set_slot(struct engine_vm *vm, unsigned i, const struct memory_range *r, bool log, struct error *err)
+{
+	struct kvm_userspace_memory_region region = {.slot = i,
+		.flags = log ? KVM_MEM_LOG_DIRTY_PAGES : 0,
+		.guest_phys_addr = r->gpa,
+		.memory_size = r->size,
+		.userspace_addr = (uintptr_t)r->host};
+
+	if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region) < 0)
+		return error_errno(err, "KVM_SET_USER_MEMORY_REGION, %llu MiB at %#llx",
+			(unsigned long long)(r->size >> 20), (unsigned long long)r->gpa);
+	return 0;
+}
+
 /* One slot per range of RAM; again with other flags to begin or end the logging of writes. */
 static int set_memory(struct engine_vm *vm, bool log, struct error *err)
 {
-	for (unsigned i = 0; i < vm->memory->ranges; i++) {
-		const struct memory_range *r = &vm->memory->range[i];
-		struct kvm_userspace_memory_region region = {.slot = i,
-			.flags = log ? KVM_MEM_LOG_DIRTY_PAGES : 0,
-			.guest_phys_addr = r->gpa,
-			.memory_size = r->size,
-			.userspace_addr = (uintptr_t)r->host};
+	for (unsigned i = 0; i < SLOTS; i++) {
+		struct memory_range r = memory_in(vm->memory, i);
+		int result = r.size ? set_slot(vm, i, &r, log, err) : 0;
 
-		if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region) < 0)
-			return error_errno(err, "KVM_SET_USER_MEMORY_REGION, %llu MiB at %#llx",
-				(unsigned long long)(r->size >> 20), (unsigned long long)r->gpa);
+		if (result < 0)
+			return result;
 	}
 	vm->logs_writes = log;
 	return 0;
+}
+
+static int memory_changes(void *opaque, const struct memory_range *slot, bool comes, struct error *err)
+{
+	struct engine_vm *vm = opaque;
+	const struct memory_slots *s = &vm->memory->slots;
+	struct memory_range r = *slot;
+
+	if (!comes)
+		r.size = 0;
+	return set_slot(vm, PLUGGABLE_FIRST + ((slot->gpa - s->all.gpa) >> s->shift), &r, comes && vm->logs_writes, err);
 }
 
 static int check_cpus(struct engine_vm *vm, struct error *err)
@@ -153,6 +187,8 @@ static void vm_destroy(struct engine_vm *vm)
 {
 	if (!vm)
 		return;
+	if (vm->memory && vm->memory->slot_changes == memory_changes)
+		vm->memory->slot_changes = NULL;
 	if (vm->fd >= 0)
 		close(vm->fd);
 	if (vm->kvm >= 0)
@@ -177,6 +213,8 @@ static int vm_create(struct engine_vm **made, const struct engine_config *config
 		vm_destroy(vm);
 		return result;
 	}
+	config->memory->opaque = vm;
+	config->memory->slot_changes = memory_changes;
 	*made = vm;
 	return 0;
 }
@@ -197,18 +235,20 @@ static int vm_log_writes(struct engine_vm *vm, bool on, struct error *err)
  * pages only where one more follows (3 GiB): the last one's words are just appended. */
 static int vm_written(struct engine_vm *vm, uint64_t *bitmap, struct error *err)
 {
-	for (unsigned i = 0; i < vm->memory->ranges; i++) {
-		const struct memory_range *r = &vm->memory->range[i];
-		size_t words = align_up(r->size >> 12, 64) / 64;
-		scope_free uint64_t *slot = calloc(words, sizeof(*slot));
+	for (unsigned i = 0; i < SLOTS; i++) {
+		struct memory_range r = memory_in(vm->memory, i);
+		size_t words = align_up(r.size >> 12, 64) / 64;
+		scope_free uint64_t *slot = words ? calloc(words, sizeof(*slot)) : NULL;
 		struct kvm_dirty_log log = {.slot = i, .dirty_bitmap = slot};
 
+		if (!words)
+			continue;
 		if (!slot)
 			return error_set(err, ENOMEM, "no memory for the bitmap of written pages");
 		if (ioctl(vm->fd, KVM_GET_DIRTY_LOG, &log) < 0)
 			return error_errno(err, "KVM_GET_DIRTY_LOG");
 		for (size_t w = 0; w < words; w++)
-			bitmap[(r->offset >> 12) / 64 + w] |= slot[w];
+			bitmap[(r.offset >> 12) / 64 + w] |= slot[w];
 	}
 	return 0;
 }

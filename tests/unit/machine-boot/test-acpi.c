@@ -117,16 +117,14 @@ static void run(const char *folder, const char *command, const char *wanted)
 		fail_msg("%s:\n%s", command, output);
 }
 
-static void test_iasl(void **state)
+static void judge(struct fixture *f, const unsigned *counts, unsigned n)
 {
-	static const unsigned counts[] = {1, 2, 64};
-	struct fixture *f = *state;
 	char folder[] = "/tmp/test-acpi-XXXXXX", path[64], command[128];
 
 	if (system("command -v iasl >/dev/null"))
 		skip();
 	assert_non_null(mkdtemp(folder));
-	for (unsigned c = 0; c < ARRAY_SIZE(counts); c++) {
+	for (unsigned c = 0; c < n; c++) {
 		write_tables(f, counts[c]);
 		for (unsigned i = 0; i < TABLES; i++) {
 			const char *name = f->tables[i]->signature;
@@ -151,6 +149,44 @@ static void test_iasl(void **state)
 	}
 	snprintf(command, sizeof(command), "rm -r %s", folder);
 	assert_int_equal(system(command), 0);
+}
+
+static void test_iasl(void **state)
+{
+	static const unsigned counts[] = {1, 2, 64};
+
+	judge(*state, counts, ARRAY_SIZE(counts));
+}
+
+/* With vCPUs and memory that come and go; the latter in all 64 slots. */
+static void test_iasl_hotplug(void **state)
+{
+	static const unsigned counts[] = {2, 64};
+	struct fixture *f = *state;
+	struct error err = {0};
+	unsigned enabled = 0, can_come = 0;
+
+	memory_destroy(&f->board.memory);
+	assert_int_equal(memory_create_with_slots(&f->board.memory, 16 << 20, 66ull << 30, &err), 0);
+	assert_int_equal(f->board.memory.slots.count, 32); /* of 2 GiB: 65 of 1 GiB are too many */
+	f->board.cpus_change = true;
+	f->board.cpus_absent = 12;
+	write_tables(f, 6);
+	const uint8_t *entry = (uint8_t *)f->tables[2] + sizeof(struct acpi_madt);
+	const uint8_t *end = (uint8_t *)f->tables[2] + f->tables[2]->length;
+	for (; entry < end; entry += entry[1]) {
+		enabled += entry[0] == 0 && entry[4] == 1;
+		can_come += entry[0] == 0 && entry[4] == 2;
+	}
+	assert_int_equal(enabled, 4);
+	assert_int_equal(can_come, 2);
+	judge(f, counts, ARRAY_SIZE(counts));
+	memory_destroy(&f->board.memory);
+	assert_int_equal(memory_create_with_slots(&f->board.memory, 16 << 20, (64ull << 27) + (16 << 20), &err), 0);
+	assert_int_equal(f->board.memory.slots.count, 64);
+	judge(f, counts, ARRAY_SIZE(counts));
+	f->board.cpus_change = false;
+	f->board.cpus_absent = 0;
 }
 
 /* Package lengths of one, two and three bytes at their limits. */
@@ -196,7 +232,7 @@ static int tear_down(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_walk), cmocka_unit_test(test_iasl), cmocka_unit_test(test_package_lengths)};
+		cmocka_unit_test(test_walk), cmocka_unit_test(test_iasl), cmocka_unit_test(test_iasl_hotplug), cmocka_unit_test(test_package_lengths)};
 
 	return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -32,6 +32,15 @@ static void on_nmi(void *opaque, unsigned cpu)
 	atomic_fetch_add(&((struct fixture *)opaque)->nmis[cpu], 1);
 }
 
+static void on_hotplug(void *opaque, enum board_hotplug kind, unsigned number, enum board_hotplug_event event)
+{
+	struct fixture *f = opaque;
+
+	atomic_fetch_add(&f->hotplugs, 1);
+	atomic_store(&f->hotplug_event, event);
+	atomic_store(&f->hotplug_number, number);
+}
+
 uint64_t fake_tsc(void)
 {
 	return clock_now() * 3;
@@ -50,7 +59,7 @@ static void *run_loop(void *opaque)
 
 void fixture_start(struct fixture *f, unsigned cpus)
 {
-	struct board_host host = {f, on_event, on_ready, on_init, on_startup, on_nmi};
+	struct board_host host = {f, on_event, on_ready, on_init, on_startup, on_nmi, .hotplug = on_hotplug};
 	struct board_config config = {
 		.cpus = cpus,
 		.memory = &f->memory,

@@ -3,6 +3,7 @@
 
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define COM1 0x3f8
@@ -384,6 +385,134 @@ static void on_written(void *opaque, uint64_t gpa, uint64_t len)
 	w->len = len;
 }
 
+struct changes {
+	unsigned came, gone;
+	bool refuse;
+};
+
+static int on_slot(void *opaque, const struct memory_range *slot, bool comes, struct error *err)
+{
+	struct changes *c = opaque;
+
+	if (comes && c->refuse)
+		return error_set(err, ENOMEM, "no");
+	c->came += comes;
+	c->gone += !comes;
+	return 0;
+}
+
+static void test_memory_slots(void **state)
+{
+	struct guest_memory m;
+	struct error err = {0};
+	struct changes c = {0};
+	uint8_t bytes[16] = {1, 2, 3}, got[16];
+	uint64_t index, base;
+	struct stat before, after;
+
+	assert_int_equal(memory_create_with_slots(&m, 32 << 20, 1 << 20, &err), -EINVAL);
+	assert_int_equal(memory_create_with_slots(&m, 32 << 20, 300ull << 30, &err), -EINVAL);
+	assert_int_equal(memory_create_with_slots(&m, (32 << 20) + 4096, 1ull << 30, &err), 0);
+	m.slot_changes = on_slot;
+	m.opaque = &c;
+	assert_int_equal(m.slots.count, 7); /* of 128 MiB */
+	base = m.slots.all.gpa;
+	assert_int_equal(base, MEMORY_HIGH);
+	assert_false(memory_write(&m, base, bytes, 1));
+	assert_null(memory_page(&m, base, &index));
+	assert_int_equal(memory_plug(&m, 1, &err), 0);
+	assert_int_equal(memory_plug(&m, 2, &err), 0);
+	assert_int_equal(c.came, 2);
+	assert_false(memory_write(&m, base, bytes, 1));
+	assert_false(memory_write(&m, base + (1 << 27) - 1, bytes, 2));
+	assert_true(memory_write(&m, base + (1 << 27), bytes, 16));
+	assert_true(memory_write(&m, base + (2 << 27) - 8, bytes, 16)); /* over two slots */
+	assert_true(memory_write(&m, base + (3 << 27) - 16, bytes, 16));
+	assert_false(memory_write(&m, base + (3 << 27) - 15, bytes, 16));
+	assert_false(memory_write(&m, base + (7ull << 27) - 1, bytes, 2));
+	assert_ptr_equal(memory_page(&m, base + (1 << 27) + 5, &index), m.slots.all.host + (1 << 27));
+	assert_true(index < memory_page_count(&m));
+	assert_int_equal(index, ((34 << 20) + (1 << 27)) >> 12);
+	fstat(m.fd, &before);
+	memory_unplug(&m, 1);
+	fstat(m.fd, &after);
+	assert_true(after.st_blocks < before.st_blocks); /* the host has it back */
+	assert_int_equal(c.gone, 1);
+	assert_false(memory_read(&m, base + (1 << 27), got, 16));
+	assert_false(memory_read(&m, base + (2 << 27) - 8, got, 16));
+	c.refuse = true;
+	assert_int_equal(memory_plug(&m, 1, &err), -ENOMEM);
+	assert_false(memory_read(&m, base + (1 << 27), got, 16));
+	c.refuse = false;
+	assert_int_equal(memory_plug(&m, 1, &err), 0);
+	assert_true(memory_read(&m, base + (1 << 27), got, 16));
+	assert_int_equal(got[0], 0);
+	memory_destroy(&m);
+}
+
+static uint32_t in32(struct fixture *f, uint16_t port)
+{
+	return board_pio_read(f->board, 0, port, 4);
+}
+
+static void out32(struct fixture *f, uint16_t port, uint32_t value)
+{
+	board_pio_write(f->board, 0, port, 4, value);
+}
+
+/* The registers of hotplug.h as the DSDT uses them, and as a hostile guest does. */
+static void test_hotplug(void **state)
+{
+	struct fixture f;
+	const uint16_t cpu = BOARD_PORT_HOTPLUG, memory = cpu + 32;
+
+	fixture_start(&f, 4);
+	assert_int_equal(in32(&f, cpu), 0xf);
+	assert_int_equal(in32(&f, cpu + 4), 0);
+	assert_int_equal(in32(&f, memory), 0);
+	/* ejection: never of vCPU 0 or of what is not there */
+	static const uint32_t none[] = {0, 4, 63, 64, 0x100, 0xffffffff};
+	for (unsigned i = 0; i < ARRAY_SIZE(none); i++)
+		out32(&f, cpu + 24, none[i]);
+	assert_int_equal(f.hotplugs, 0);
+	board_hotplug_ask_removal(f.board, BOARD_HOTPLUG_CPU, 3);
+	assert_int_equal(in32(&f, cpu + 16), 8);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_GPE, 2), 1 << BOARD_GPE_CPU);
+	out32(&f, cpu + 16, 8);
+	assert_int_equal(in32(&f, cpu + 16), 0);
+	out32(&f, cpu + 28, 3u << 16 | 0x82 << 8 | 3); /* _OST: busy */
+	assert_int_equal(f.hotplugs, 1);
+	assert_int_equal(f.hotplug_event, BOARD_HOTPLUG_REFUSED);
+	out32(&f, cpu + 28, 3u << 16 | 0x84 << 8 | 3); /* in progress */
+	out32(&f, cpu + 28, 1u << 16 | 0x01 << 8 | 3); /* of an addition */
+	assert_int_equal(f.hotplugs, 1);
+	out32(&f, cpu + 24, 3);
+	assert_int_equal(f.hotplugs, 2);
+	assert_int_equal(f.hotplug_event, BOARD_HOTPLUG_GONE);
+	assert_int_equal(f.hotplug_number, 3);
+	assert_int_equal(in32(&f, cpu), 7);
+	out32(&f, cpu + 24, 3); /* again */
+	assert_int_equal(f.hotplugs, 2);
+	/* an interrupt does not reach it any more, until it is there again */
+	assert_int_equal(board_send_ipi(f.board, 0, 0xf, 0x55), 3);
+	board_hotplug_add(f.board, BOARD_HOTPLUG_CPU, 3);
+	assert_int_equal(in32(&f, cpu), 0xf);
+	assert_int_equal(in32(&f, cpu + 8), 8);
+	assert_int_equal(board_send_ipi(f.board, 0, 0xf, 0x55), 4);
+	board_hotplug_add(f.board, BOARD_HOTPLUG_MEMORY, 40);
+	assert_int_equal(in32(&f, memory + 4), 1 << 8);
+	assert_int_equal(in32(&f, memory + 12), 1 << 8);
+	board_reset(f.board);
+	assert_int_equal(in32(&f, memory + 4), 1 << 8);
+	assert_int_equal(in32(&f, memory + 12), 0);
+	/* odd widths */
+	assert_int_equal(board_pio_read(f.board, 0, cpu, 1), 0);
+	board_pio_write(f.board, 0, cpu + 24, 1, 2);
+	board_pio_write(f.board, 0, memory + 30, 2, 2);
+	assert_int_equal(in32(&f, cpu), 0xf);
+	fixture_stop(&f);
+}
+
 static void test_memory(void **state)
 {
 	struct guest_memory m;
@@ -534,6 +663,8 @@ const struct CMUnitTest legacy_tests[] = {
 	cmocka_unit_test(test_hostile),
 	cmocka_unit_test(test_bad_configuration),
 	cmocka_unit_test(test_memory),
+	cmocka_unit_test(test_memory_slots),
+	cmocka_unit_test(test_hotplug),
 	cmocka_unit_test(test_space),
 	cmocka_unit_test(test_space_threads),
 };

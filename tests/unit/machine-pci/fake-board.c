@@ -42,6 +42,16 @@ struct guest_memory *board_memory(struct board *board)
 	return &board->memory;
 }
 
+bool board_cpus_can_change(struct board *board)
+{
+	return board->cpus_change;
+}
+
+uint64_t board_hotplug_there(struct board *board, enum board_hotplug kind)
+{
+	return kind == BOARD_HOTPLUG_CPU ? ~board->cpus_absent : 0;
+}
+
 void board_irq(struct board *board, unsigned gsi, bool level)
 {
 	board->level[gsi] = level;

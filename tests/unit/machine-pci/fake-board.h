@@ -16,6 +16,8 @@ struct board {
 	bool level[24];
 	unsigned level_changes;
 	uint8_t reset_port;
+	bool cpus_change;
+	uint64_t cpus_absent;
 };
 
 void fake_board_create(struct board *board, uint64_t memory);
