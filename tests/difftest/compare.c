@@ -132,7 +132,7 @@ static void decode_case(const struct test_case *t, unsigned n, struct instructio
 static bool writes_flags_always(const struct instruction *i)
 {
 	return i->info.meta.category != ZYDIS_CATEGORY_SHIFT && i->info.meta.category != ZYDIS_CATEGORY_ROTATE &&
-	       i->info.meta.category != ZYDIS_CATEGORY_STRINGOP;
+	       !(i->info.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE));
 }
 
 /* Flags that some instruction before `end` leaves undefined and none after it sets again; by position in the block, for
@@ -147,8 +147,12 @@ static uint64_t undefined_flags(const struct test_case *t, unsigned end, bool *r
 		struct instruction i;
 
 		decode_case(t, n, &i);
-		if (i.info.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE)
-			branches = true;
+		branches |= i.info.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE;
+	}
+	for (unsigned n = 0; n < t->instructions; n++) {
+		struct instruction i;
+
+		decode_case(t, n, &i);
 		if (!i.info.cpu_flags || (!branches && n >= end))
 			continue;
 		tested |= i.info.cpu_flags->tested;

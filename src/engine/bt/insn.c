@@ -378,6 +378,22 @@ bool insn_is_floating(const ZydisDecodedInstruction *d)
 	}
 }
 
+bool insn_waits_for_x87(const struct bt_decoded *d)
+{
+	switch (d->insn.mnemonic) {
+	case ZYDIS_MNEMONIC_FNSAVE:
+	case ZYDIS_MNEMONIC_FNSTENV:
+	case ZYDIS_MNEMONIC_FNSTCW:
+	case ZYDIS_MNEMONIC_FNSTSW: return false;
+	default: break;
+	}
+	for (unsigned k = 0; k < d->insn.operand_count; k++)
+		if (d->operands[k].type == ZYDIS_OPERAND_TYPE_REGISTER &&
+			ZydisRegisterGetClass(d->operands[k].reg.value) == ZYDIS_REGCLASS_MMX)
+			return true;
+	return d->insn.meta.isa_ext == ZYDIS_ISA_EXT_X87;
+}
+
 void insn_classify(struct insn *i, uint32_t mode)
 {
 	const ZydisDecodedInstruction *d = &i->d.insn;

@@ -26,6 +26,9 @@ struct insn {
 
 /* Decodes from bytes (n of them are there); false: not an instruction, or longer than n (then *more is set). */
 bool insn_decode(struct insn *i, uint32_t mode, const uint8_t *bytes, unsigned n, bool *more);
+/* An exception that an x87 instruction left pending comes before the faults of the next one's operand (SDM volume 3, table
+ * 6-2), but for the control instructions that do not wait. */
+bool insn_waits_for_x87(const struct bt_decoded *d);
 /* In 64-bit mode, a near branch whose operand-size prefix counts: AMD's cut rip to 16 bits. */
 bool insn_is_narrow_branch(const ZydisDecodedInstruction *d, uint32_t mode);
 /* The host's maker: what differs between makers and is not the model's to choose. */

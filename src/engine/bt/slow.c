@@ -742,24 +742,6 @@ static bool requires_alignment(const struct bt_decoded *d, unsigned size)
 	}
 }
 
-/* An exception that an x87 instruction left pending comes before the faults of the next one's operand (SDM volume 3, table
- * 6-2), but for the control instructions that do not wait. */
-static bool waits_for_x87(const struct bt_decoded *d)
-{
-	switch (d->insn.mnemonic) {
-	case ZYDIS_MNEMONIC_FNSAVE:
-	case ZYDIS_MNEMONIC_FNSTENV:
-	case ZYDIS_MNEMONIC_FNSTCW:
-	case ZYDIS_MNEMONIC_FNSTSW: return false;
-	default: break;
-	}
-	for (unsigned k = 0; k < d->insn.operand_count; k++)
-		if (d->operands[k].type == ZYDIS_OPERAND_TYPE_REGISTER &&
-			ZydisRegisterGetClass(d->operands[k].reg.value) == ZYDIS_REGCLASS_MMX)
-			return true;
-	return d->insn.meta.isa_ext == ZYDIS_ISA_EXT_X87;
-}
-
 static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 {
 	const struct bt_decoded *d = &e->i.d;
@@ -1262,7 +1244,7 @@ enum system_result slow_execute(struct bt_vcpu *v)
 	if (e->i.kind == INSN_SYSTEM || e->i.kind == INSN_CLI || e->i.kind == INSN_STI || e->i.kind == INSN_SWAPGS)
 		return slow_system(v, d);
 	r = run_as_is(v, e);
-	if (r == SYSTEM_FAULT && v->fault.vector != VECTOR_MF && waits_for_x87(d)) {
+	if (r == SYSTEM_FAULT && v->fault.vector != VECTOR_MF && insn_waits_for_x87(d)) {
 		fpu_park(v);
 		if (v->private->fpu[2] & 0x80)
 			bt_raise(v, VECTOR_MF);

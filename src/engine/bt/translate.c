@@ -382,7 +382,7 @@ static void emit_operand(struct bt_translation *t, const struct insn *i, const Z
 {
 	bool write = op->actions & (ZYDIS_OPERAND_ACTION_WRITE | ZYDIS_OPERAND_ACTION_CONDWRITE);
 	/* slow.c knows which of two faults comes first, and what a mask leaves out */
-	bool masked = i->d.insn.meta.isa_ext == ZYDIS_ISA_EXT_X87 || i->d.insn.meta.isa_ext == ZYDIS_ISA_EXT_MMX ||
+	bool masked = insn_waits_for_x87(&i->d) ||
 		i->d.insn.avx.mask.mode > ZYDIS_MASK_MODE_DISABLED ||
 		i->d.insn.mnemonic == ZYDIS_MNEMONIC_VPMASKMOVD || i->d.insn.mnemonic == ZYDIS_MNEMONIC_VPMASKMOVQ ||
 		i->d.insn.mnemonic == ZYDIS_MNEMONIC_VMASKMOVPS || i->d.insn.mnemonic == ZYDIS_MNEMONIC_VMASKMOVPD;
