@@ -98,6 +98,7 @@ enum engine_exit_reason {
 	ENGINE_EXIT_STEPPED,	  /* vcpu_step did its instructions */
 	ENGINE_EXIT_EXCEPTION,	  /* only with stop_on_exception: vector, error_code and cr2 in the exit; not delivered */
 	ENGINE_EXIT_ERROR,	  /* the engine cannot go on; message */
+	ENGINE_EXIT_REASONS,
 };
 
 struct engine_exit {

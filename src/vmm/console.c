@@ -13,6 +13,7 @@
 #include "base/util.h"
 #include "vmm/console_open.h"
 #include "vmm/console_output.h"
+#include "vmm/console_tap.h"
 #include "vmm/terminal.h"
 
 #define INPUT_SIZE 4096u
@@ -36,6 +37,10 @@ struct console {
 	atomic_bool pump_posted;
 
 	struct console_socket socket;
+
+	pthread_mutex_t taps_lock;
+	struct console_tap *taps;
+	bool typing_refused; /* some tap waits for room; on the loop */
 };
 
 /* ---- output: from the serial port ---- */
@@ -44,8 +49,12 @@ struct console {
 static size_t serial_output(void *opaque, const uint8_t *bytes, size_t n)
 {
 	struct console *c = opaque;
+	size_t taken = c->output ? console_output_put(c->output, bytes, n, false) : n;
+	scope_lock(&c->taps_lock);
 
-	return console_output_put(c->output, bytes, n, false);
+	for (struct console_tap *tap = c->taps; tap; tap = tap->next)
+		console_tap_put(tap, bytes, taken);
+	return taken;
 }
 
 /* On the thread of a vCPU that cannot go on. */
@@ -53,7 +62,8 @@ static void serial_wait(void *opaque)
 {
 	struct console *c = opaque;
 
-	console_output_wait(c->output);
+	if (c->output)
+		console_output_wait(c->output);
 }
 
 /* On the loop's thread: what the port kept may come now. */
@@ -118,6 +128,14 @@ static bool read_source(struct console *c)
 	return true;
 }
 
+static void tell_taps(struct console *c)
+{
+	scope_lock(&c->taps_lock);
+
+	for (struct console_tap *tap = c->taps; tap; tap = tap->next)
+		console_tap_tell(tap);
+}
+
 /* Gives the guest what it takes, reads on when it took all, and asks for more only then. */
 static void pump(void *opaque)
 {
@@ -132,6 +150,10 @@ static void pump(void *opaque)
 		if (!read_source(c)) /* a plain file is always ready */
 			break;
 	}
+	if (c->typing_refused && c->input_end - c->input_at < INPUT_SIZE) {
+		c->typing_refused = false;
+		tell_taps(c);
+	}
 	if (c->source >= 0 && c->watched)
 		loop_change_fd(c->loop, c->source, c->input_at < c->input_end && !c->terminal ? 0 : EPOLLIN);
 }
@@ -143,6 +165,44 @@ static void console_room(void *opaque)
 
 	if (!atomic_exchange(&c->pump_posted, true))
 		loop_post(c->loop, pump, c);
+}
+
+void console_add_tap(struct console *c, struct console_tap *tap)
+{
+	scope_lock(&c->taps_lock);
+
+	tap->next = c->taps;
+	c->taps = tap;
+}
+
+void console_remove_tap(struct console *c, struct console_tap *tap)
+{
+	scope_lock(&c->taps_lock);
+
+	for (struct console_tap **at = &c->taps; *at; at = &(*at)->next) {
+		if (*at == tap) {
+			*at = tap->next;
+			return;
+		}
+	}
+}
+
+size_t console_type(struct console *c, const uint8_t *bytes, size_t n)
+{
+	size_t wanted = n;
+
+	if (c->input_at) {
+		memmove(c->input, c->input + c->input_at, c->input_end - c->input_at);
+		c->input_end -= c->input_at;
+		c->input_at = 0;
+	}
+	n = min(n, INPUT_SIZE - c->input_end);
+	memcpy(c->input + c->input_end, bytes, n);
+	c->input_end += n;
+	pump(c);
+	if (n < wanted)
+		c->typing_refused = true;
+	return n;
 }
 
 static void source_ready(void *opaque, int fd, uint32_t events)
@@ -257,7 +317,7 @@ static int open_back_end(struct console *c, const char *path, struct error *err)
 			console_output_set_sink(c->output, c->file);
 		return result;
 	case VMM_SERIAL_SOCKET:
-		result = console_listen(&c->socket, path, err);
+		result = console_listen(&c->socket, "--serial socket=", path, err);
 		return result < 0 ? result : loop_add_fd(c->loop, c->socket.fd, EPOLLIN, client_arrived, c, err);
 	case VMM_SERIAL_NONE:
 		break;
@@ -279,6 +339,7 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 	c->leave = leave;
 	c->leave_opaque = opaque;
 	c->file = c->source = c->socket.fd = -1;
+	pthread_mutex_init(&c->taps_lock, NULL);
 	if (kind != VMM_SERIAL_NONE)
 		result = console_output_create(
 			&c->output, kind == VMM_SERIAL_SOCKET, loop, threads, output_has_room, c, err);
@@ -288,10 +349,8 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 		console_destroy(c);
 		return result;
 	}
-	if (kind != VMM_SERIAL_NONE) {
-		serial_set_output(serial, serial_output, serial_wait, c);
-		serial_set_room(serial, console_room, c);
-	}
+	serial_set_output(serial, serial_output, serial_wait, c);
+	serial_set_room(serial, console_room, c);
 	*console = c;
 	return 0;
 }
@@ -316,5 +375,6 @@ void console_destroy(struct console *c)
 		terminal_restore();
 	}
 	cleanup_close(&c->file);
+	pthread_mutex_destroy(&c->taps_lock);
 	free(c);
 }

@@ -8,6 +8,9 @@
  */
 #pragma once
 
+#include <stddef.h>
+#include <stdint.h>
+
 #include "base/error.h"
 #include "base/loop.h"
 #include "base/threads.h"
@@ -23,6 +26,13 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 /* From any thread: vCPUs no longer wait for room, what does not fit is lost. For the end, so that it cannot be held up.
  */
 void console_release(struct console *console);
+/* A listener beside the back end, from now on until it is removed; it stays the caller's. On the loop's thread, or while
+ * the loop does not run. */
+struct console_tap;
+void console_add_tap(struct console *console, struct console_tap *tap);
+void console_remove_tap(struct console *console, struct console_tap *tap);
+/* Types bytes; returns how many were taken. The taps are told when there is room again. On the loop's thread. */
+size_t console_type(struct console *console, const uint8_t *bytes, size_t n);
 /* The terminal back to its user before the process is suspended, and to the guest again after. */
 void console_suspend(struct console *console);
 void console_resume(struct console *console);

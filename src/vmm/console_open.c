@@ -19,28 +19,28 @@ int console_open_file(int *fd, const char *path, struct error *err)
 }
 
 /* 0 when the file at path is a socket that nobody listens on, and is gone now. */
-static int remove_stale(const struct sockaddr_un *address, struct error *err)
+static int remove_stale(const char *option, const struct sockaddr_un *address, struct error *err)
 {
 	const char *path = address->sun_path;
 	scope_fd int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	struct stat status;
 
 	if (lstat(path, &status) < 0)
-		return errno == ENOENT ? 0 : error_errno(err, "--serial socket=%s", path);
+		return errno == ENOENT ? 0 : error_errno(err, "%s%s", option, path);
 	if (!S_ISSOCK(status.st_mode))
 		return error_set(err, EEXIST,
-			"--serial socket=%s: a file that is no socket is there; remove it or give "
+			"%s%s: a file that is no socket is there; remove it or give "
 			"another path",
-			path);
+			option, path);
 	if (probe < 0)
-		return error_errno(err, "--serial socket=%s: making a socket", path);
+		return error_errno(err, "%s%s: making a socket", option, path);
 	if (connect(probe, (const struct sockaddr *)address, sizeof(*address)) == 0 || errno != ECONNREFUSED)
 		return error_set(err, EADDRINUSE,
-			"--serial socket=%s: another process listens there; end it or give "
+			"%s%s: another process listens there; end it or give "
 			"another path",
-			path);
+			option, path);
 	if (unlink(path) < 0 && errno != ENOENT)
-		return error_errno(err, "--serial socket=%s: removing what a killed process left", path);
+		return error_errno(err, "%s%s: removing what a killed process left", option, path);
 	return 0;
 }
 
@@ -51,10 +51,10 @@ void console_remove_stale(const char *path)
 	if (strlen(path) >= sizeof(address.sun_path))
 		return;
 	strcpy(address.sun_path, path);
-	remove_stale(&address, NULL);
+	remove_stale("", &address, NULL);
 }
 
-int console_listen(struct console_socket *s, const char *path, struct error *err)
+int console_listen(struct console_socket *s, const char *option, const char *path, struct error *err)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	scope_fd int fd = -1;
@@ -62,29 +62,29 @@ int console_listen(struct console_socket *s, const char *path, struct error *err
 
 	if (strlen(path) >= sizeof(address.sun_path))
 		return error_set(err, ENAMETOOLONG,
-			"--serial socket=%s: the path has %zu bytes, %zu are the most; give a "
+			"%s%s: the path has %zu bytes, %zu are the most; give a "
 			"shorter one",
-			path, strlen(path), sizeof(address.sun_path) - 1);
+			option, path, strlen(path), sizeof(address.sun_path) - 1);
 	strcpy(address.sun_path, path);
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
-		return error_errno(err, "--serial socket=%s: making a socket", path);
+		return error_errno(err, "%s%s: making a socket", option, path);
 	/* The file takes over the socket's mode: a console is its owner's alone. */
 	fchmod(fd, 0600);
 	bound = bind(fd, (struct sockaddr *)&address, sizeof(address));
 	if (bound < 0 && errno == EADDRINUSE) {
-		int result = remove_stale(&address, err);
+		int result = remove_stale(option, &address, err);
 
 		if (result < 0)
 			return result;
 		bound = bind(fd, (struct sockaddr *)&address, sizeof(address));
 	}
 	if (bound < 0)
-		return error_errno(err, "--serial socket=%s: cannot be made", path);
+		return error_errno(err, "%s%s: cannot be made", option, path);
 	s->path = path;
 	if (stat(path, &s->status) < 0 || listen(fd, 4) < 0) {
 		unlink(path);
-		return error_errno(err, "--serial socket=%s: cannot listen", path);
+		return error_errno(err, "%s%s: cannot listen", option, path);
 	}
 	s->fd = take_fd(&fd);
 	return 0;

@@ -15,8 +15,9 @@ struct console_socket {
 
 /* Appends to the file at path, which is made if it does not exist. */
 int console_open_file(int *fd, const char *path, struct error *err);
-/* A socket file that nobody listens on any more (its owner was killed) is replaced; one in use is not. */
-int console_listen(struct console_socket *s, const char *path, struct error *err);
+/* A socket file that nobody listens on any more (its owner was killed) is replaced; one in use is not. option stands in
+ * front of the path in messages: "--serial socket=". */
+int console_listen(struct console_socket *s, const char *option, const char *path, struct error *err);
 /* Removes the file at path if it is a socket on which nobody listens. */
 void console_remove_stale(const char *path);
 void console_unlisten(struct console_socket *s);

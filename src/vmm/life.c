@@ -9,7 +9,11 @@
 #include <unistd.h>
 
 #include "base/cleanup.h"
+#include "base/util.h"
+#include "vmm/hotplug.h"
 #include "vmm/terminal.h"
+
+#define SETTLE_PERIOD 500000 /* ns between looks at devices that have something in flight */
 
 /* ---- stopping and resuming ---- */
 
@@ -26,6 +30,8 @@ void vm_stop(struct vm *vm, enum vm_cause cause, const struct error *why)
 	if (atomic_load(&vm->phase) == VM_RUNNING)
 		atomic_store(&vm->phase, VM_STOPPING);
 	last_word = vm->cause > VM_CAUSE_RESET;
+	if (vm->parked == vm->cpus) /* paused: nobody else will say so */
+		loop_timer_set(vm->loop, &vm->settle, clock_now());
 	pthread_mutex_unlock(&vm->lock);
 
 	/* A vCPU that waits for the console's reader would keep the end waiting. */
@@ -35,38 +41,140 @@ void vm_stop(struct vm *vm, enum vm_cause cause, const struct error *why)
 		vcpu_call(&vm->vcpu[i], 0);
 }
 
-/* All vCPU threads are parked: on the loop's thread, reset and go on, or end. */
-static void all_parked(void *opaque)
+void vm_tell(struct vm *vm, enum vm_event event, const char *detail, const struct error *why)
 {
-	struct vm *vm = opaque;
-	struct error err = {0};
-	bool failed = false;
-	scope_lock(&vm->lock);
+	if (vm->observer)
+		vm->observer(vm->observer_opaque, event, detail, why);
+}
 
-	if (vm->cause == VM_CAUSE_RESET && !vm->config->exit_on_reset) {
-		pthread_mutex_unlock(&vm->lock);
-		board_reset(vm->board);
-		for (unsigned i = 0; i < vm->cpus; i++) {
-			atomic_store(&vm->vcpu[i].calls, 0);
-			vm->vcpu[i].awaits_startup = i > 0;
-		}
-		failed = vm_load(vm, &err) < 0;
-		pthread_mutex_lock(&vm->lock);
-		if (failed) {
-			vm->cause = VM_CAUSE_FAILED;
-			vm->error = err;
-		}
-	}
+static void end(struct vm *vm)
+{
+	static const enum vm_event events[] = {[VM_CAUSE_RESET] = VM_EVENT_RESET,
+		[VM_CAUSE_POWER_OFF] = VM_EVENT_POWER_OFF,
+		[VM_CAUSE_LEAVE] = VM_EVENT_LEFT,
+		[VM_CAUSE_FAILED] = VM_EVENT_FAILED};
+
+	vm_tell(vm, events[vm->cause], NULL, vm->cause == VM_CAUSE_FAILED ? &vm->error : NULL);
+	scope_lock(&vm->lock);
+	atomic_store(&vm->phase, VM_ENDING);
 	vm->parked = 0;
 	vm->resumes++;
-	if (vm->cause == VM_CAUSE_RESET && !vm->config->exit_on_reset) {
-		vm->cause = VM_CAUSE_NONE;
-		atomic_store(&vm->phase, VM_RUNNING);
-	} else {
-		atomic_store(&vm->phase, VM_ENDING);
-		loop_stop(vm->loop);
-	}
 	pthread_cond_broadcast(&vm->resumed);
+	loop_stop(vm->loop);
+}
+
+/* The vCPUs are parked and the devices quiet. */
+static void reset(struct vm *vm)
+{
+	struct error err = {0};
+	bool failed;
+
+	/* What the guest was asked to let go of, it has now: its next kernel does not find it any more. */
+	atomic_fetch_or(&vm->ejected, vm_removals_asked(vm));
+	board_reset(vm->board);
+	for (unsigned i = 0; i < vm->cpus; i++) {
+		atomic_store(&vm->vcpu[i].calls, 0);
+		vm->vcpu[i].awaits_startup = i > 0;
+	}
+	failed = vm_load(vm, &err) < 0;
+	pthread_mutex_lock(&vm->lock);
+	vm->boots++;
+	if (failed) {
+		vm->cause = VM_CAUSE_FAILED;
+		vm->error = err;
+	} else if (vm->cause == VM_CAUSE_RESET) {
+		vm->cause = VM_CAUSE_NONE;
+	}
+	pthread_mutex_unlock(&vm->lock);
+	if (!failed)
+		vm_tell(vm, VM_EVENT_RESET, NULL, NULL);
+}
+
+/* Runs on, unless there is something new to see to. */
+static void go_on(struct vm *vm)
+{
+	bool was_paused = vm->paused;
+
+	vm_devices_resume(vm);
+	{
+		scope_lock(&vm->lock);
+		if (vm->cause != VM_CAUSE_NONE) {
+			loop_timer_set(vm->loop, &vm->settle, clock_now());
+			return;
+		}
+		vm->paused = false;
+		vm->parked = 0;
+		vm->resumes++;
+		atomic_store(&vm->phase, VM_RUNNING);
+		pthread_cond_broadcast(&vm->resumed);
+	}
+	if (was_paused)
+		vm_tell(vm, VM_EVENT_RESUMED, NULL, NULL);
+}
+
+/* Once all vCPU threads are parked: ends, resets, removes devices or pauses, as was asked for, and goes on. Nothing in
+ * it waits: while a device still has something in flight (which may take the disk's time) it comes again, and
+ * the loop serves others. It may run once too often. */
+static void settle(struct loop_timer *timer)
+{
+	struct vm *vm = container_of(timer, struct vm, settle);
+	enum vm_cause cause;
+	uint32_t ejected;
+	bool parked, pause;
+
+	pthread_mutex_lock(&vm->lock);
+	parked = atomic_load(&vm->phase) == VM_STOPPING && vm->parked == vm->cpus;
+	cause = vm->cause;
+	pause = vm->pause_wanted;
+	pthread_mutex_unlock(&vm->lock);
+	if (!parked)
+		return;
+	if (cause > VM_CAUSE_RESET || (cause == VM_CAUSE_RESET && vm->config->exit_on_reset)) {
+		end(vm);
+		return;
+	}
+	ejected = atomic_load(&vm->ejected);
+	if (!vm_devices_quiet(vm, cause == VM_CAUSE_RESET || pause ? VM_ALL_DEVICES : ejected)) {
+		loop_timer_set(vm->loop, &vm->settle, clock_now() + SETTLE_PERIOD);
+		return;
+	}
+	if (cause == VM_CAUSE_RESET)
+		reset(vm);
+	ejected = atomic_exchange(&vm->ejected, 0);
+	if (ejected)
+		vm_remove_slots(vm, ejected);
+	if (!pause) {
+		go_on(vm);
+	} else if (!vm->paused) {
+		vm->paused = true;
+		vm_tell(vm, VM_EVENT_PAUSED, NULL, NULL);
+	}
+	if (vm->paused && cause == VM_CAUSE_RESET) /* which may have failed */
+		loop_timer_set(vm->loop, &vm->settle, clock_now());
+}
+
+void vm_pause(struct vm *vm)
+{
+	pthread_mutex_lock(&vm->lock);
+	vm->pause_wanted = true;
+	pthread_mutex_unlock(&vm->lock);
+	vm_stop(vm, VM_CAUSE_NONE, NULL);
+}
+
+void vm_resume(struct vm *vm)
+{
+	pthread_mutex_lock(&vm->lock);
+	vm->pause_wanted = false;
+	pthread_mutex_unlock(&vm->lock);
+	loop_timer_set(vm->loop, &vm->settle, clock_now());
+}
+
+void vm_pci_ejected(void *opaque, uint32_t slots)
+{
+	struct vm *vm = opaque;
+
+	atomic_fetch_or(&vm->ejected, slots);
+	vm_stop(vm, VM_CAUSE_NONE, NULL);
 }
 
 bool vm_park(struct vm *vm)
@@ -77,7 +185,7 @@ bool vm_park(struct vm *vm)
 	if (atomic_load(&vm->phase) == VM_STOPPING) {
 		resumes = vm->resumes;
 		if (++vm->parked == vm->cpus)
-			loop_post(vm->loop, all_parked, vm);
+			loop_timer_set(vm->loop, &vm->settle, clock_now());
 		/* By count and not by phase: it may have been resumed and stopped again before we wake. */
 		while (vm->resumes == resumes)
 			pthread_cond_wait(&vm->resumed, &vm->lock);
@@ -176,6 +284,7 @@ int vm_run(struct vm *vm, struct error *err)
 	struct error why = {0};
 	int result = 0;
 
+	vm->settle.function = settle;
 	for (unsigned i = 0; i < vm->cpus && result == 0; i++) {
 		char name[16];
 
@@ -193,6 +302,7 @@ int vm_run(struct vm *vm, struct error *err)
 		pthread_mutex_unlock(&vm->lock);
 	} else {
 		thread_begin(&vm->threads, THREAD_MAIN);
+		vm_tell(vm, VM_EVENT_STARTED, NULL, NULL);
 		loop_run(vm->loop);
 	}
 	for (unsigned i = 0; i < vm->cpus; i++)

@@ -9,6 +9,7 @@
 #include "base/util.h"
 #include "engine/cpu_model.h"
 #include "engine/engine.h"
+#include "vmm/config.h"
 
 #define MEMORY_DEFAULT (512ull << 20)
 /* Ids that nobody hands out: above what systemd knows of (its UIDS-GIDS page), below 2^31, which old programs fear. */
@@ -111,6 +112,25 @@ static char *next_part(const char **text)
 	return part;
 }
 
+/* bandwidth=RATE[:BURST] and operations=RATE[:BURST]; 0: the part is neither. */
+static int parse_limit(struct rate_limits *limits, const char *option, const char *part, struct error *err)
+{
+	bool bandwidth = !strncmp(part, "bandwidth=", 10), operations = !strncmp(part, "operations=", 11);
+	struct token_rate *rate = bandwidth ? &limits->bandwidth : &limits->operations;
+	const char *text = strchr(part, '=') + 1, *colon;
+	char number[40];
+
+	if (!bandwidth && !operations)
+		return 0;
+	colon = strchr(text, ':');
+	snprintf(number, sizeof(number), "%.*s", colon ? (int)min(colon - text, (long)sizeof(number)) : 39, text);
+	rate->burst = 0;
+	if (size_parse(number, &rate->rate, err) < 0 || (colon && size_parse(colon + 1, &rate->burst, err) < 0))
+		return error_wrap(err, "%s %s: give a rate a second and perhaps a burst, such as %s", option, part,
+			bandwidth ? "bandwidth=50M:100M" : "operations=1000:2000");
+	return 1;
+}
+
 static int parse_disk(struct vmm_config *config, const char *value, struct error *err)
 {
 	const char *rest = value;
@@ -126,6 +146,12 @@ static int parse_disk(struct vmm_config *config, const char *value, struct error
 	while (rest) {
 		scope_free char *part = next_part(&rest);
 
+		int limit = parse_limit(&disk->limits, "--disk", part, err);
+
+		if (limit < 0)
+			return limit;
+		if (limit)
+			continue;
 		if (!strcmp(part, "readonly"))
 			disk->options.read_only = true;
 		else if (!strcmp(part, "format=raw"))
@@ -181,6 +207,12 @@ static int parse_net(struct vmm_config *config, const char *value, struct error 
 	while (rest) {
 		scope_free char *part = next_part(&rest);
 
+		int limit = parse_limit(&net->limits, "--net", part, err);
+
+		if (limit < 0)
+			return limit;
+		if (limit)
+			continue;
 		if (!strncmp(part, "mac=", 4)) {
 			if (parse_mac(net->mac, part + 4) < 0)
 				return error_set(err, EINVAL,
@@ -265,6 +297,17 @@ static int parse_jail_ids(struct vmm_config *config, const char *value, struct e
 	return 0;
 }
 
+static int parse_control(struct vmm_config *config, const char *value, struct error *err)
+{
+	config->control = value;
+	return 0;
+}
+
+static int parse_config(struct vmm_config *config, const char *value, struct error *err)
+{
+	return vmm_config_load(config, value, err);
+}
+
 static int parse_help(struct vmm_config *config, const char *value, struct error *err)
 {
 	config->action = VMM_HELP;
@@ -296,7 +339,7 @@ static const struct option_spec {
 	{"cmdline", "STRING", parse_cmdline, "kernel command line [console=ttyS0]"},
 	{"cpus", "N", parse_cpus, "virtual CPUs, 1 to 64 [1]"},
 	{"memory", "SIZE", parse_memory, "guest memory, such as 512M or 2G [512M]"},
-	{"disk", "FILE[,format=raw|qcow2][,readonly]", parse_disk, "a disk; repeat for more"},
+	{"disk", "FILE[,format=raw|qcow2][,readonly][,bandwidth=RATE[:BURST]][,operations=RATE[:BURST]]", parse_disk, "a disk; repeat for more"},
 	{"net", "user[,forward=tcp:ADDR:PORT-:PORT]...|tap=NAME[,mac=MAC]", parse_net,
 		"a network device; repeat for more"},
 	{"serial", "stdio|none|file=PATH|socket=PATH", parse_serial, "where the guest's serial port goes [stdio]"},
@@ -304,9 +347,11 @@ static const struct option_spec {
 		"CPU model that the guest sees, without these features [host]"},
 	{"engine", "auto|kvm|bt", parse_engine, "what runs the guest's code; auto: kvm if it really can [auto]"},
 	{"on-reset", "reboot|exit", parse_on_reset, "what a guest's reset does [reboot]"},
-	{"probe", "[=json]", parse_probe, "say which engine auto takes here, and why not the others"},
 	{"jail", NULL, parse_jail, "confine the process once everything is open; needs root"},
 	{"jail-ids", "ID[-ID]", parse_jail_ids, "user and group id in the jail, or a range to choose a free one from"},
+	{"probe", "[=json]", parse_probe, "say which engine auto takes here, and why not the others"},
+	{"control", "PATH", parse_control, "Unix socket on which the machine is controlled (JSON-RPC 2.0)"},
+	{"config", "FILE", parse_config, "options from a JSON file; those behind it on the command line rule"},
 	{"help", NULL, parse_help, "show this text"},
 	{"version", NULL, parse_version, "show the version"},
 };
@@ -317,6 +362,43 @@ static const struct option_spec *find_option(const char *name, size_t length)
 		if (strlen(options[i].name) == length && !memcmp(options[i].name, name, length))
 			return &options[i];
 	return NULL;
+}
+
+static bool wants_value(const struct option_spec *option)
+{
+	return option->argument && *option->argument != '[';
+}
+
+static int apply(struct vmm_config *config, const struct option_spec *option, const char *value, struct error *err)
+{
+	if (wants_value(option) && (!value || (!*value && option->parse != parse_cmdline)))
+		return error_set(
+			err, EINVAL, "--%s needs a value: --%s %s", option->name, option->name, option->argument);
+	if (!option->argument && value)
+		return error_set(
+			err, EINVAL, "--%s takes no value, '%s' was given; leave it out", option->name, value);
+	return option->parse(config, value, err);
+}
+
+int vmm_config_apply(struct vmm_config *config, const char *name, char *value, struct error *err)
+{
+	const struct option_spec *option = find_option(name, strlen(name));
+	char **kept;
+
+	if (!option) {
+		free(value);
+		return error_set(err, EINVAL, "option \"%.100s\" is unknown; 'hostel-vmm --help' lists them", name);
+	}
+	if (value) {
+		kept = realloc(config->kept, (config->kept_count + 1) * sizeof(*kept));
+		if (!kept) {
+			free(value);
+			return error_errno(err, "\"%s\"", name);
+		}
+		config->kept = kept;
+		config->kept[config->kept_count++] = value;
+	}
+	return apply(config, option, value, err);
 }
 
 int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], struct error *err)
@@ -340,15 +422,9 @@ int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], st
 				(int)min(length, (size_t)100), name);
 		if (equals)
 			value = equals + 1;
-		else if (option->argument && *option->argument != '[')
+		else if (wants_value(option))
 			value = argv[++i]; /* NULL at the end */
-		if (option->argument && *option->argument != '[' && (!value || (!*value && option->parse != parse_cmdline)))
-			return error_set(err, EINVAL, "--%s needs a value: --%s %s", option->name, option->name,
-				option->argument);
-		if (!option->argument && value)
-			return error_set(
-				err, EINVAL, "--%s takes no value, '%s' was given; leave it out", option->name, value);
-		result = option->parse(config, value, err);
+		result = apply(config, option, value, err);
 		if (result < 0)
 			return result;
 		if (config->action != VMM_RUN)
@@ -368,6 +444,10 @@ void vmm_config_free(struct vmm_config *config)
 	for (unsigned i = 0; i < config->nets; i++)
 		free(config->net[i].spec);
 	config->disks = config->nets = 0;
+	while (config->kept_count)
+		free(config->kept[--config->kept_count]);
+	free(config->kept);
+	config->kept = NULL;
 }
 
 void vmm_help(FILE *to)

@@ -7,6 +7,7 @@
 #include <stdio.h>
 
 #include "base/error.h"
+#include "base/token_bucket.h"
 #include "disk/disk.h"
 
 struct engine;
@@ -22,10 +23,12 @@ enum vmm_serial { VMM_SERIAL_STDIO, VMM_SERIAL_NONE, VMM_SERIAL_FILE, VMM_SERIAL
 struct vmm_disk {
 	char *path;
 	struct disk_options options;
+	struct rate_limits limits;
 };
 
 struct vmm_net {
 	char *spec; /* as net_open() wants it */
+	struct rate_limits limits; /* of each direction */
 	bool has_mac;
 	uint8_t mac[6];
 };
@@ -46,6 +49,9 @@ struct vmm_config {
 	enum vmm_serial serial;
 	const char *serial_path; /* of file= and socket= */
 	bool exit_on_reset;
+	const char *control; /* path, or NULL */
+	char **kept;	     /* values that came from a file */
+	unsigned kept_count;
 	bool jail;
 	uint32_t jail_first, jail_last; /* user and group ids to choose from */
 };
@@ -55,6 +61,8 @@ struct vmm_config {
  * behind them. */
 int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], struct error *err);
 void vmm_config_free(struct vmm_config *config);
+/* Applies one option; value is malloc'ed or NULL, and the configuration's from now on (also after an error). */
+int vmm_config_apply(struct vmm_config *config, const char *name, char *value, struct error *err);
 
 /* The text of --help, made from the same table. */
 void vmm_help(FILE *to);

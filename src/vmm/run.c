@@ -4,6 +4,7 @@
 
 #include <linux/futex.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -11,6 +12,7 @@
 #include "base/cleanup.h"
 #include "vmm/terminal.h"
 
+#define SNAPSHOT_SIZE 4000
 #define RFLAGS_IF (1ull << 9)
 
 /* ---- waking and sleeping ---- */
@@ -120,6 +122,25 @@ static void tell_statistics(struct vcpu *v)
 	terminal_say("hostel-vmm: vCPU %u\n%s", v->index, text);
 }
 
+/* On the vCPU's own thread: nobody else may ask the engine. */
+static void take_snapshot(struct vcpu *v)
+{
+	scope_lock(&v->snapshot_lock);
+
+	if (!v->snapshot)
+		v->snapshot = calloc(1, SNAPSHOT_SIZE);
+	if (v->snapshot && v->vm->engine->vcpu_statistics)
+		v->vm->engine->vcpu_statistics(v->engine, v->snapshot, SNAPSHOT_SIZE);
+	atomic_fetch_add(&v->snapshots, 1);
+}
+
+char *vcpu_copy_snapshot(struct vcpu *v)
+{
+	scope_lock(&v->snapshot_lock);
+
+	return v->snapshot ? strdup(v->snapshot) : NULL;
+}
+
 static void answer_calls(struct vcpu *v)
 {
 	struct error err = {0};
@@ -142,12 +163,15 @@ static void answer_calls(struct vcpu *v)
 	}
 	if (calls & VCPU_CALL_STATISTICS)
 		tell_statistics(v);
+	if (calls & VCPU_CALL_SNAPSHOT)
+		take_snapshot(v);
 }
 
 static void power_on(struct vcpu *v)
 {
 	struct error err = {0};
 
+	v->boots = v->vm->boots;
 	v->vm->engine->vcpu_reset(v->engine, false);
 	v->started = v->index == 0 || v->vm->own_chips;
 	if (v->index == 0 && vcpu_set_boot_state(v, &v->vm->entry, &err) < 0)
@@ -202,9 +226,12 @@ void *vcpu_main(void *opaque)
 	power_on(v);
 	for (;;) {
 		if (atomic_load(&vm->phase) != VM_RUNNING) {
+			if (vm->observer)
+				take_snapshot(v);
 			if (!vm_park(vm))
 				return NULL;
-			power_on(v);
+			if (v->boots != vm->boots)
+				power_on(v);
 			continue;
 		}
 		if (atomic_load(&v->calls))
@@ -214,6 +241,8 @@ void *vcpu_main(void *opaque)
 			continue;
 		}
 		vm->engine->vcpu_run(v->engine, &exit);
+		if ((unsigned)exit.reason < ENGINE_EXIT_REASONS)
+			atomic_fetch_add_explicit(&v->exits[exit.reason], 1, memory_order_relaxed);
 		switch (exit.reason) {
 		case ENGINE_EXIT_KICKED:
 			break;
@@ -228,6 +257,7 @@ void *vcpu_main(void *opaque)
 			break;
 		case ENGINE_EXIT_STEPPED:   /* vcpu_step is not used here */
 		case ENGINE_EXIT_EXCEPTION: /* nor is stop_on_exception */
+		case ENGINE_EXIT_REASONS:
 			engine_failed(v, "came back for a reason that nobody asked for");
 			break;
 		}

@@ -11,6 +11,8 @@
 #include "base/util.h"
 #include "disk/disk.h"
 #include "engine/tsc.h"
+#include "vmm/control.h"
+#include "vmm/hotplug.h"
 #include "vmm/probe.h"
 
 /* ---- what the board asks for ---- */
@@ -87,42 +89,9 @@ static int create_board(struct vm *vm, struct error *err)
 		.interrupt_ready = vcpu_interrupt_ready,
 		.init = vcpu_init,
 		.startup = vcpu_startup,
+		.pci_ejected = vm_pci_ejected,
 		.wake = vcpu_wake_up};
 	return board_create(&vm->board, &config, err);
-}
-
-static int add_disk(struct vm *vm, unsigned index, struct error *err)
-{
-	const struct vmm_disk *wanted = &vm->config->disk[index];
-	struct virtio_blk_options options = {
-		.queues = min(vm->cpus, (unsigned)VIRTIO_BLK_QUEUES_MAX), .serial = vm->disk_serial[index],
-		.threads = &vm->threads};
-	int result = disk_open(&vm->disk[index], wanted->path, &wanted->options, err);
-
-	if (result < 0)
-		return result;
-	snprintf(vm->disk_serial[index], sizeof(vm->disk_serial[index]), "hostel-disk-%u", index);
-	result = virtio_blk_create(&vm->device[vm->devices], vm->board, vm->disk[index], &options, err);
-	if (result < 0)
-		return error_wrap(err, "--disk %s", wanted->path);
-	vm->devices++;
-	return 0;
-}
-
-static int add_net(struct vm *vm, unsigned index, struct error *err)
-{
-	const struct vmm_net *wanted = &vm->config->net[index];
-	struct virtio_net_options options = {0}; /* a random MAC */
-	int result = net_open(&vm->net[index], wanted->spec, vm->loop, err);
-
-	if (wanted->has_mac)
-		memcpy(options.mac, wanted->mac, sizeof(options.mac));
-	if (result == 0)
-		result = virtio_net_create(&vm->device[vm->devices], vm->board, vm->net[index], &options, err);
-	if (result < 0)
-		return error_wrap(err, "--net %s", wanted->spec);
-	vm->devices++;
-	return 0;
 }
 
 static int add_devices(struct vm *vm, struct error *err)
@@ -130,9 +99,9 @@ static int add_devices(struct vm *vm, struct error *err)
 	int result = 0;
 
 	for (unsigned i = 0; i < vm->config->disks && result == 0; i++)
-		result = add_disk(vm, i, err);
+		result = vm_open_disk(vm, i, &vm->config->disk[i], err);
 	for (unsigned i = 0; i < vm->config->nets && result == 0; i++)
-		result = add_net(vm, i, err);
+		result = vm_open_net(vm, i, &vm->config->net[i], err);
 	if (result == 0)
 		result = virtio_rng_create(&vm->device[vm->devices], vm->board, err);
 	if (result == 0)
@@ -250,6 +219,8 @@ static int assemble(struct vm *vm, struct error *err)
 	if (result == 0)
 		result = console_create(&vm->console, vm->config->serial, vm->config->serial_path,
 			board_serial(vm->board), vm->loop, &vm->threads, user_leaves, vm, err);
+	if (result == 0 && vm->config->control)
+		result = control_create(&vm->control, vm->config->control, vm, err);
 	if (result == 0)
 		result = enter_jail(vm, err);
 	if (result == 0)
@@ -276,6 +247,7 @@ int vm_create(struct vm **created, const struct vmm_config *config, struct error
 		vm->vcpu[i].index = i;
 		vm->vcpu[i].awaits_startup = i > 0;
 		pthread_mutex_init(&vm->vcpu[i].lock, NULL);
+		pthread_mutex_init(&vm->vcpu[i].snapshot_lock, NULL);
 	}
 	result = assemble(vm, err);
 	if (result < 0) {
@@ -290,27 +262,18 @@ int vm_create(struct vm **created, const struct vmm_config *config, struct error
  * what they use: back ends, vCPUs (which they interrupt), board. */
 int vm_destroy(struct vm *vm, struct error *err)
 {
-	int result = 0;
+	int result;
 
+	control_destroy(vm->control); /* says no more of what is taken apart */
 	while (vm->devices)
 		virtio_device_destroy(vm->device[--vm->devices]);
-	for (unsigned i = 0; i < vm->config->nets; i++)
-		if (vm->net[i])
-			net_close(vm->net[i]);
-	for (unsigned i = 0; i < vm->config->disks; i++) {
-		struct error why = {0};
-
-		/* All are closed whatever one says; the first error is told. */
-		if (vm->disk[i] && disk_close(vm->disk[i], &why) < 0 && result == 0) {
-			if (err)
-				*err = why;
-			result = -why.code;
-		}
-	}
+	result = vm_close_all(vm, err);
 	for (unsigned i = 0; i < vm->cpus; i++) {
 		if (vm->vcpu[i].engine)
 			vm->engine->vcpu_destroy(vm->vcpu[i].engine);
 		pthread_mutex_destroy(&vm->vcpu[i].lock);
+		pthread_mutex_destroy(&vm->vcpu[i].snapshot_lock);
+		free(vm->vcpu[i].snapshot);
 	}
 	if (vm->board)
 		board_use_chips(vm->board, NULL);

@@ -28,7 +28,7 @@
 
 enum vm_phase {
 	VM_RUNNING,
-	VM_STOPPING, /* vCPUs are on their way to vm_park() */
+	VM_STOPPING, /* vCPUs are in vm_park() or on their way there */
 	VM_ENDING,   /* vCPU threads end */
 };
 
@@ -41,12 +41,29 @@ enum vm_cause {
 	VM_CAUSE_FAILED,
 };
 
+/* What is told to whoever watches (the control socket). */
+enum vm_event {
+	VM_EVENT_STARTED,
+	VM_EVENT_PAUSED,
+	VM_EVENT_RESUMED,
+	VM_EVENT_RESET,
+	VM_EVENT_POWER_OFF, /* by the guest */
+	VM_EVENT_PANIC,	    /* the guest's kernel says so (pvpanic) */
+	VM_EVENT_FAILED,
+	VM_EVENT_LEFT,	  /* ended by the control socket, the console's user or a signal */
+	VM_EVENT_REMOVED, /* a device, when the guest has let go of it */
+};
+
+/* On the loop's thread. detail: the device's name or NULL; why: what failed or NULL. */
+typedef void vm_observer(void *opaque, enum vm_event event, const char *detail, const struct error *why);
+
 /* Calls to a vCPU thread, in vcpu.calls. */
 enum vcpu_call {
 	VCPU_CALL_INIT = 1,	  /* INIT IPI */
 	VCPU_CALL_STARTUP = 2,	  /* SIPI, of startup_vector; after the INIT if both are there */
 	VCPU_CALL_STATISTICS = 4, /* tell the engine's counters */
 	VCPU_CALL_WAKE = 8,	  /* run on, whatever it waits for: the engine knows why */
+	VCPU_CALL_SNAPSHOT = 16,  /* copy the engine's counters to vcpu.snapshot */
 };
 
 struct vcpu {
@@ -64,7 +81,33 @@ struct vcpu {
 	uint8_t startup_vector;
 
 	bool started; /* the thread's own: has been given a place to run from */
+	unsigned boots; /* the thread's own: vm->boots when it was last powered on */
+
+	_Atomic uint64_t exits[ENGINE_EXIT_REASONS]; /* from vcpu_run, by reason */
+	pthread_mutex_t snapshot_lock;
+	char *snapshot; /* NULL until the first; the engine's counters as text */
+	atomic_uint snapshots; /* how many were taken */
 };
+
+struct control;
+
+/* A slot is free while its device is NULL. */
+struct vm_disk {
+	struct disk *disk;
+	struct virtio_device *device;
+	char serial[21];
+	char *path;
+	struct rate_limits limits;
+};
+
+struct vm_net {
+	struct net *net;
+	struct virtio_device *device;
+	char *spec;
+	struct rate_limits limits[2]; /* of frames sent by the guest, and received */
+};
+
+#define VM_DEVICES_MAX 8
 
 struct vm {
 	const struct vmm_config *config;
@@ -82,11 +125,14 @@ struct vm {
 	struct boot_files boot_files;
 	struct boot_entry entry;
 	struct console *console;
-	struct disk *disk[VMM_DISKS_MAX];
-	char disk_serial[VMM_DISKS_MAX][21];
-	struct net *net[VMM_NETS_MAX];
-	struct virtio_device *device[VMM_DISKS_MAX + VMM_NETS_MAX + 1];
+	struct vm_disk disk[VMM_DISKS_MAX];
+	struct vm_net net[VMM_NETS_MAX];
+	uint32_t removals; /* PCI slots whose removal was asked for */
+	struct virtio_device *device[VM_DEVICES_MAX]; /* all that are not disks or networks */
 	unsigned devices;
+	struct control *control; /* NULL: none */
+	vm_observer *observer;	 /* or NULL */
+	void *observer_opaque;
 	int signal_fd;
 
 	pthread_mutex_t lock; /* the rest */
@@ -96,6 +142,13 @@ struct vm {
 	int signal;	    /* which ended it, or 0 */
 	struct error error; /* why it failed */
 	unsigned parked, resumes;
+	unsigned boots; /* power-ons and resets */
+	bool pause_wanted;
+
+	/* the loop's */
+	struct loop_timer settle; /* sees to what the vCPUs were stopped for */
+	bool paused;		  /* nothing runs until vm_resume() */
+	atomic_uint ejected;	  /* PCI slots that the guest has let go of */
 
 	unsigned cpus;
 	struct vcpu vcpu[];
@@ -115,13 +168,24 @@ int vm_watch_signals(struct vm *vm, struct error *err);
 int vm_run(struct vm *vm, struct error *err);
 /* Stops all vCPUs for that cause; why is for VM_CAUSE_FAILED. From any thread; returns at once. */
 void vm_stop(struct vm *vm, enum vm_cause cause, const struct error *why);
-/* A vCPU thread waits here while the VM is stopped. false: the thread is to end; true: power on and run again. */
+/* A vCPU thread waits here while the VM is stopped. false: the thread is to end; true: run on, and power on before if
+ * vm->boots has changed. */
 bool vm_park(struct vm *vm);
+/* Pausing stops the vCPUs, then lets devices complete what is in flight: VM_EVENT_PAUSED. A guest paused can still be
+ * reset, and ended. On the loop's thread. */
+void vm_pause(struct vm *vm);
+void vm_resume(struct vm *vm);
+/* A struct board_host's pci_ejected. */
+void vm_pci_ejected(void *opaque, uint32_t slots);
+/* Tells the observer, on the loop's thread. */
+void vm_tell(struct vm *vm, enum vm_event event, const char *detail, const struct error *why);
 
 /* run.c */
 void *vcpu_main(void *vcpu);
 /* The vCPU thread looks at the phase and at its calls soon. From any thread. */
 void vcpu_call(struct vcpu *v, unsigned calls);
+/* The last snapshot of the engine's counters, which is the caller's to free; NULL: none yet. Any thread. */
+char *vcpu_copy_snapshot(struct vcpu *v);
 /* What the board asks for: see struct board_host. opaque is the struct vm. */
 void vcpu_interrupt_ready(void *opaque, unsigned cpu);
 void vcpu_init(void *opaque, unsigned cpu);

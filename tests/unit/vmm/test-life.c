@@ -11,6 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "vmm/hotplug.h"
 #include "vmm/vm.h"
 
 /* ---- the engine ---- */
@@ -90,6 +91,24 @@ int vm_load(struct vm *vm, struct error *err)
 {
 	if (++stage.loads == 3 && vm->config->kernel)
 		return error_set(err, ENOENT, "kernel %s has gone", vm->config->kernel);
+	return 0;
+}
+
+bool vm_devices_quiet(struct vm *vm, uint32_t slots)
+{
+	return true;
+}
+
+void vm_devices_resume(struct vm *vm)
+{
+}
+
+void vm_remove_slots(struct vm *vm, uint32_t slots)
+{
+}
+
+uint32_t vm_removals_asked(const struct vm *vm)
+{
 	return 0;
 }
 
