@@ -294,6 +294,8 @@ static void compare_exception(
 		/* Linux calls every fault above its TASK_SIZE_MAX a protection violation, to give nothing away. */
 		if (native->cr2 >= 0x7ffffffff000)
 			ignored |= 1;
+		if (in_image(t, native))
+			ignored |= 1; /* as which of several bytes faults */
 		if (t->ring0)
 			ignored |= 4; /* the host's ring is always 3 */
 	} else if (native->vector != 13 && native->vector != 12 && native->vector != 17) {
