@@ -156,5 +156,7 @@ int jail_fork(struct vmm_config *config, enum jail_role *role, int *exit_status,
 	/* What the VM cannot do in there: a socket's file is removed by a path. */
 	if (config->serial == VMM_SERIAL_SOCKET)
 		console_remove_stale(config->serial_path);
+	if (config->control)
+		console_remove_stale(config->control);
 	return 0;
 }
