@@ -67,11 +67,21 @@ int vm_open_net(struct vm *vm, unsigned index, const struct vmm_net *wanted, str
 	return 0;
 }
 
+/* Opening a back end is what a jail is there to refuse. */
+static int refuse_in_jail(const struct vm *vm, const char *what, struct error *err)
+{
+	if (!vm->config->jail)
+		return 0;
+	return error_set(err, EPERM, "%s: in a jail nothing can be opened any more; give it at the start", what);
+}
+
 int vm_add_disk(struct vm *vm, const struct vmm_disk *wanted, unsigned *index, struct error *err)
 {
 	unsigned i = 0;
-	int result;
+	int result = refuse_in_jail(vm, wanted->path, err);
 
+	if (result < 0)
+		return result;
 	while (i < VMM_DISKS_MAX && vm->disk[i].device)
 		i++;
 	if (i == VMM_DISKS_MAX)
@@ -88,8 +98,10 @@ int vm_add_disk(struct vm *vm, const struct vmm_disk *wanted, unsigned *index, s
 int vm_add_net(struct vm *vm, const struct vmm_net *wanted, unsigned *index, struct error *err)
 {
 	unsigned i = 0;
-	int result;
+	int result = refuse_in_jail(vm, wanted->spec, err);
 
+	if (result < 0)
+		return result;
 	while (i < VMM_NETS_MAX && vm->net[i].device)
 		i++;
 	if (i == VMM_NETS_MAX)
