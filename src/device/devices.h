@@ -3,6 +3,7 @@
 #pragma once
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "base/error.h"
@@ -85,6 +86,19 @@ struct virtio_vsock_options {
 
 int virtio_vsock_create(struct virtio_device **device, struct board *board, const struct virtio_vsock_options *options,
 	struct error *err);
+
+/* ---- console: the guest's /dev/hvc0 ---- */
+
+int virtio_console_create(struct virtio_device **device, struct board *board, struct error *err);
+/* Where the guest's output goes: says how many bytes it took and does not block. What it did not take waits in the guest's
+ * memory until virtio_console_flush(). On vCPU threads and the loop's, by one at a time. */
+typedef size_t virtio_console_output(void *opaque, const uint8_t *bytes, size_t n);
+void virtio_console_set_output(struct virtio_device *device, virtio_console_output *output, void *opaque);
+void virtio_console_flush(struct virtio_device *device);
+/* Offers input; returns how many bytes the guest had room for. room() is called, on a vCPU's thread, when there may be
+ * more; it is set before the guest runs. */
+size_t virtio_console_input(struct virtio_device *device, const uint8_t *bytes, size_t n);
+void virtio_console_set_room(struct virtio_device *device, void (*room)(void *opaque), void *opaque);
 
 /* Takes the device off the bus when what it was doing is done. Called on the loop's thread, or when the loop no longer
  * runs; the vCPUs are stopped. NULL is allowed. */
