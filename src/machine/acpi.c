@@ -9,11 +9,12 @@
 #include "machine/acpi_tables.h"
 #include "machine/aml.h"
 #include "machine/hotplug.h"
+#include "machine/board_internal.h"
 #include "machine/hotplug_pci.h"
 #include "machine/pci.h"
 
 #define AREA_START 0xe0000ull
-#define AREA_END 0x100000ull
+#define AREA_END BOARD_GENERATION /* behind it: SMBIOS */
 #define FACS_ADDRESS (AREA_START + 0x40) /* wants 64 bytes of alignment (section 5.2.10) */
 #define TABLES_START (AREA_START + 0x80)
 
@@ -212,6 +213,7 @@ static void describe_events(struct aml *aml, bool cpus, bool memory)
 		aml_path(aml, "\\\x2e_SB_MSCN");
 		aml_end(aml, method);
 	}
+	vmgenid_describe_event(aml);
 	aml_end(aml, scope);
 }
 
@@ -236,6 +238,8 @@ static void build_dsdt(struct aml *aml, struct board *board, unsigned cpus)
 	describe_serial(aml);
 	describe_clock(aml);
 	describe_motherboard(aml);
+	pvpanic_describe(aml);
+	vmgenid_describe(aml);
 	aml_end(aml, scope);
 
 	describe_events(aml, cpus_change, memory_changes);
@@ -380,7 +384,9 @@ int acpi_write_tables(struct board *board, unsigned cpus, uint64_t *rsdp, struct
 
 	if (!cpus || cpus > CPUS_MAX)
 		return error_set(err, EINVAL, "ACPI tables: %u CPUs; 1 to %d are possible", cpus, CPUS_MAX);
-	ret = write_facs(&area, err);
+	ret = vmgenid_write(board, err);
+	if (!ret)
+		ret = write_facs(&area, err);
 	if (!ret)
 		ret = write_dsdt(&area, board, cpus, &dsdt, err);
 	if (!ret)

@@ -50,6 +50,12 @@ static int create_chips(struct board *board, struct error *err)
 		ret = hotplug_pci_create(&board->hotplug_pci, board, err);
 	if (!ret)
 		ret = hotplug_create(&board->hotplug, board, err);
+	if (!ret)
+		ret = pvpanic_create(&board->pvpanic, board, err);
+	if (!ret)
+		ret = debug_exit_create(&board->debug_exit, board, err);
+	if (!ret)
+		ret = vmgenid_create(&board->vmgenid, err);
 	return ret;
 }
 

@@ -48,6 +48,9 @@ enum board_hotplug_event {
 enum board_event {
 	BOARD_EVENT_POWER_OFF, /* ACPI S5 */
 	BOARD_EVENT_RESET,     /* 0xcf9, i8042, keyboard reset line */
+	/* The guest goes on after these */
+	BOARD_EVENT_PANIC,	  /* its kernel has panicked */
+	BOARD_EVENT_CRASH_KERNEL, /* and has started another kernel that saves what it can */
 };
 
 /* What the board asks of whoever built it (src/vmm). Called from any thread, without board locks held. */
@@ -58,6 +61,8 @@ struct board_host {
 	void (*init)(void *opaque, unsigned cpu);		 /* INIT IPI */
 	void (*startup)(void *opaque, unsigned cpu, uint8_t vector); /* SIPI: starts at vector << 12, if waiting */
 	void (*nmi)(void *opaque, unsigned cpu);		 /* NULL: NMIs are dropped */
+	/* A test kernel wrote this to the debug exit port. NULL: there is no such port. */
+	void (*debug_exit)(void *opaque, uint32_t value);
 	/* The guest has let go of these PCI slots (bit n: slot n); whether or not somebody asked. On a vCPU's thread,
 	 * in the middle of an access: a note, no more. May be NULL. */
 	void (*pci_ejected)(void *opaque, uint32_t slots);
@@ -111,6 +116,8 @@ void board_use_chips(struct board *board, const struct board_chips *chips);
 /* Guest writes to bells (machine/space.h) ring them; otherwise nobody does and ops->write is called. */
 bool board_has_bells(struct board *board);
 
+/* The guest goes on from an earlier state: its VM generation ID changes, and it is told. The vCPUs are stopped. */
+int board_new_generation(struct board *board, struct error *err);
 /* The guest's ACPI power button is pressed. */
 void board_power_button(struct board *board);
 

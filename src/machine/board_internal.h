@@ -9,6 +9,7 @@
 #include "machine/board.h"
 #include "machine/cmos.h"
 #include "machine/hotplug.h"
+#include "machine/debug_exit.h"
 #include "machine/hotplug_pci.h"
 #include "machine/i8042.h"
 #include "machine/ioapic.h"
@@ -16,7 +17,9 @@
 #include "machine/pic.h"
 #include "machine/pit.h"
 #include "machine/pm.h"
+#include "machine/pvpanic.h"
 #include "machine/serial.h"
+#include "machine/vmgenid.h"
 
 #define BOARD_CPUS_MAX 64
 
@@ -41,6 +44,9 @@ struct board {
 	struct cmos cmos;
 	struct pm pm;
 	struct i8042 i8042;
+	struct pvpanic pvpanic;
+	struct debug_exit debug_exit;
+	struct vmgenid vmgenid;
 	struct serial *serial;
 	struct pci_bus *pci;
 	struct hotplug_pci hotplug_pci;
@@ -51,7 +57,7 @@ struct board {
 void board_line(struct board *board, unsigned gsi, bool level, struct wakeups *w);
 /* Tells the host; no board lock is held. */
 void board_wake(struct board *board, const struct wakeups *w);
-/* Power-off or reset; output that is still on its way goes out before. No board lock is held. */
+/* Tells the host; output that is still on its way goes out before. No board lock is held. */
 void board_event(struct board *board, enum board_event event);
 /* Claims size ports from base for a chip of the board. */
 int board_add_ports(struct board *board, struct io_region *region, const char *name, const struct io_ops *ops,
