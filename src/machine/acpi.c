@@ -9,9 +9,10 @@
 #include "machine/acpi_tables.h"
 #include "machine/aml.h"
 #include "machine/hotplug.h"
-#include "machine/board_internal.h"
 #include "machine/hotplug_pci.h"
 #include "machine/pci.h"
+#include "machine/pvpanic.h"
+#include "machine/vmgenid.h"
 
 #define AREA_START 0xe0000ull
 #define AREA_END BOARD_GENERATION /* behind it: SMBIOS */
@@ -196,6 +197,36 @@ static void describe_motherboard(struct aml *aml)
 	aml_end(aml, device);
 }
 
+/* QEMU's docs/specs/pvpanic */
+static void describe_panic(struct aml *aml)
+{
+	size_t device = aml_begin_device(aml, "PEVT");
+
+	aml_name_string(aml, "_HID", "QEMU0001"); /* the name that drivers know */
+	aml_name_integer(aml, "_STA", 0xf);
+	size_t resources = aml_begin_resources(aml);
+	aml_port(aml, BOARD_PORT_PVPANIC, 1);
+	aml_end_resources(aml, resources);
+	aml_end(aml, device);
+}
+
+/* Where the VM generation ID is (vmgenid.h). */
+static void describe_generation(struct aml *aml)
+{
+	size_t device = aml_begin_device(aml, "VGEN");
+
+	aml_name_string(aml, "_HID", "HSTL0001");
+	aml_name_string(aml, "_CID", "VM_Gen_Counter");
+	aml_name_string(aml, "_DDN", "VM_Gen_Counter");
+	aml_name_integer(aml, "_STA", 0xf);
+	aml_name(aml, "ADDR");
+	size_t address = aml_begin_package(aml, 2);
+	aml_integer(aml, (uint32_t)BOARD_GENERATION);
+	aml_integer(aml, BOARD_GENERATION >> 32);
+	aml_end(aml, address);
+	aml_end(aml, device);
+}
+
 /* What has happened when a general-purpose event comes (edge-triggered: its status is cleared before). */
 static void describe_events(struct aml *aml, bool cpus, bool memory)
 {
@@ -213,7 +244,11 @@ static void describe_events(struct aml *aml, bool cpus, bool memory)
 		aml_path(aml, "\\\x2e_SB_MSCN");
 		aml_end(aml, method);
 	}
-	vmgenid_describe_event(aml);
+	method = aml_begin_method(aml, "_E04", 0);
+	aml_operator(aml, AML_NOTIFY);
+	aml_path(aml, "\\\x2e_SB_VGEN");
+	aml_integer(aml, 0x80); /* it has changed */
+	aml_end(aml, method);
 	aml_end(aml, scope);
 }
 
@@ -238,8 +273,8 @@ static void build_dsdt(struct aml *aml, struct board *board, unsigned cpus)
 	describe_serial(aml);
 	describe_clock(aml);
 	describe_motherboard(aml);
-	pvpanic_describe(aml);
-	vmgenid_describe(aml);
+	describe_panic(aml);
+	describe_generation(aml);
 	aml_end(aml, scope);
 
 	describe_events(aml, cpus_change, memory_changes);
@@ -384,9 +419,7 @@ int acpi_write_tables(struct board *board, unsigned cpus, uint64_t *rsdp, struct
 
 	if (!cpus || cpus > CPUS_MAX)
 		return error_set(err, EINVAL, "ACPI tables: %u CPUs; 1 to %d are possible", cpus, CPUS_MAX);
-	ret = vmgenid_write(board, err);
-	if (!ret)
-		ret = write_facs(&area, err);
+	ret = write_facs(&area, err);
 	if (!ret)
 		ret = write_dsdt(&area, board, cpus, &dsdt, err);
 	if (!ret)

@@ -116,6 +116,8 @@ void board_use_chips(struct board *board, const struct board_chips *chips);
 /* Guest writes to bells (machine/space.h) ring them; otherwise nobody does and ops->write is called. */
 bool board_has_bells(struct board *board);
 
+/* Puts the VM generation ID (vmgenid.h) where the guest finds it: at each start. */
+int board_write_generation(struct board *board, struct error *err);
 /* The guest goes on from an earlier state: its VM generation ID changes, and it is told. The vCPUs are stopped. */
 int board_new_generation(struct board *board, struct error *err);
 /* The guest's ACPI power button is pressed. */

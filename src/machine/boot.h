@@ -14,10 +14,19 @@ struct boot_files {
 	uint64_t kernel_size, initrd_size;
 };
 
+#define BOOT_MODULES_MAX 16
+
+struct boot_module { /* of a Multiboot kernel */
+	char *path;
+	const char *cmdline;
+};
+
 struct boot_config {
 	const char *kernel;  /* bzImage or ELF */
 	const char *initrd;  /* or NULL */
 	const char *cmdline; /* or NULL */
+	unsigned modules;
+	const struct boot_module *module;
 	uint64_t rsdp;	     /* guest address of the ACPI root pointer */
 	const struct boot_files *files; /* what these names were opened as; NULL: opened for this one load */
 };

@@ -1,7 +1,6 @@
 /* pvpanic: see pvpanic.h. One byte: reading it tells which events are understood, writing it reports them. */
 #include "machine/pvpanic.h"
 
-#include "machine/aml.h"
 #include "machine/board_internal.h"
 
 enum { PANICKED = 1 << 0, CRASH_LOADED = 1 << 1 }; /* the latter: a crash kernel takes over and saves what it can */
@@ -27,16 +26,4 @@ int pvpanic_create(struct pvpanic *p, struct board *board, struct error *err)
 {
 	p->board = board;
 	return board_add_ports(board, &p->region, "pvpanic", &ops, BOARD_PORT_PVPANIC, 1, err);
-}
-
-void pvpanic_describe(struct aml *aml)
-{
-	size_t device = aml_begin_device(aml, "PEVT");
-
-	aml_name_string(aml, "_HID", "QEMU0001"); /* the name that drivers know */
-	aml_name_integer(aml, "_STA", 0xf);
-	size_t resources = aml_begin_resources(aml);
-	aml_port(aml, BOARD_PORT_PVPANIC, 1);
-	aml_end_resources(aml, resources);
-	aml_end(aml, device);
 }

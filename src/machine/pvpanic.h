@@ -4,7 +4,6 @@
 #include "machine/space.h"
 
 struct board;
-struct aml;
 
 #define BOARD_PORT_PVPANIC 0x505
 
@@ -14,4 +13,3 @@ struct pvpanic {
 };
 
 int pvpanic_create(struct pvpanic *p, struct board *board, struct error *err);
-void pvpanic_describe(struct aml *aml);

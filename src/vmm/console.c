@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -20,7 +21,7 @@
 
 struct console {
 	enum vmm_serial kind;
-	struct serial *serial;
+	struct console_port port;
 	struct loop *loop;
 	void (*leave)(void *opaque);
 	void *leave_opaque;
@@ -46,7 +47,7 @@ struct console {
 /* ---- output: from the serial port ---- */
 
 /* On the loop's thread or a vCPU's. */
-static size_t serial_output(void *opaque, const uint8_t *bytes, size_t n)
+static size_t port_output(void *opaque, const uint8_t *bytes, size_t n)
 {
 	struct console *c = opaque;
 	size_t taken = c->output ? console_output_put(c->output, bytes, n, false) : n;
@@ -58,7 +59,7 @@ static size_t serial_output(void *opaque, const uint8_t *bytes, size_t n)
 }
 
 /* On the thread of a vCPU that cannot go on. */
-static void serial_wait(void *opaque)
+static void port_wait(void *opaque)
 {
 	struct console *c = opaque;
 
@@ -71,7 +72,7 @@ static void output_has_room(void *opaque)
 {
 	struct console *c = opaque;
 
-	serial_flush(c->serial);
+	c->port.flush(c->port.port);
 }
 
 void console_release(struct console *c)
@@ -144,7 +145,8 @@ static void pump(void *opaque)
 	atomic_store(&c->pump_posted, false);
 	for (;;) {
 		if (c->input_at < c->input_end)
-			c->input_at += serial_input(c->serial, c->input + c->input_at, c->input_end - c->input_at);
+			c->input_at += c->port.input(
+				c->port.port, c->input + c->input_at, c->input_end - c->input_at);
 		if (c->input_at < c->input_end || c->source < 0 || c->pollable)
 			break;
 		if (!read_source(c)) /* a plain file is always ready */
@@ -306,6 +308,7 @@ static int open_stdio(struct console *c, struct error *err)
 
 static int open_back_end(struct console *c, const char *path, struct error *err)
 {
+	char option[40];
 	int result;
 
 	switch (c->kind) {
@@ -317,7 +320,8 @@ static int open_back_end(struct console *c, const char *path, struct error *err)
 			console_output_set_sink(c->output, c->file);
 		return result;
 	case VMM_SERIAL_SOCKET:
-		result = console_listen(&c->socket, "--serial socket=", path, err);
+		snprintf(option, sizeof(option), "%s socket=", c->port.option);
+		result = console_listen(&c->socket, option, path, err);
 		return result < 0 ? result : loop_add_fd(c->loop, c->socket.fd, EPOLLIN, client_arrived, c, err);
 	case VMM_SERIAL_NONE:
 		break;
@@ -325,7 +329,7 @@ static int open_back_end(struct console *c, const char *path, struct error *err)
 	return 0;
 }
 
-int console_create(struct console **console, enum vmm_serial kind, const char *path, struct serial *serial,
+int console_create_on(struct console **console, enum vmm_serial kind, const char *path, struct console_port port,
 	struct loop *loop, struct threads *threads, void (*leave)(void *opaque), void *opaque, struct error *err)
 {
 	struct console *c = calloc(1, sizeof(*c));
@@ -334,7 +338,7 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 	if (!c)
 		return error_errno(err, "serial console");
 	c->kind = kind;
-	c->serial = serial;
+	c->port = port;
 	c->loop = loop;
 	c->leave = leave;
 	c->leave_opaque = opaque;
@@ -349,10 +353,44 @@ int console_create(struct console **console, enum vmm_serial kind, const char *p
 		console_destroy(c);
 		return result;
 	}
-	serial_set_output(serial, serial_output, serial_wait, c);
-	serial_set_room(serial, console_room, c);
+	port.set_output(port.port, port_output, port_wait, c);
+	port.set_room(port.port, console_room, c);
 	*console = c;
 	return 0;
+}
+
+static void serial_port_set_output(void *port, size_t (*output)(void *opaque, const uint8_t *bytes, size_t n),
+	void (*wait)(void *opaque), void *opaque)
+{
+	serial_set_output(port, output, wait, opaque);
+}
+
+static void serial_port_set_room(void *port, void (*room)(void *opaque), void *opaque)
+{
+	serial_set_room(port, room, opaque);
+}
+
+static size_t serial_port_input(void *port, const uint8_t *bytes, size_t n)
+{
+	return serial_input(port, bytes, n);
+}
+
+static void serial_port_flush(void *port)
+{
+	serial_flush(port);
+}
+
+int console_create(struct console **console, enum vmm_serial kind, const char *path, struct serial *serial,
+	struct loop *loop, struct threads *threads, void (*leave)(void *opaque), void *opaque, struct error *err)
+{
+	const struct console_port port = {.port = serial,
+		.option = "--serial",
+		.set_output = serial_port_set_output,
+		.set_room = serial_port_set_room,
+		.input = serial_port_input,
+		.flush = serial_port_flush};
+
+	return console_create_on(console, kind, path, port, loop, threads, leave, opaque, err);
 }
 
 void console_destroy(struct console *c)

@@ -82,7 +82,7 @@ int console_listen(struct console_socket *s, const char *option, const char *pat
 	if (bound < 0)
 		return error_errno(err, "%s%s: cannot be made", option, path);
 	s->path = path;
-	if (stat(path, &s->status) < 0 || listen(fd, 4) < 0) {
+	if (stat(path, &s->status) < 0 || listen(fd, 128) < 0) {
 		unlink(path);
 		return error_errno(err, "%s%s: cannot listen", option, path);
 	}

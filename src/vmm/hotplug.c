@@ -23,7 +23,10 @@ int vm_open_disk(struct vm *vm, unsigned index, const struct vmm_disk *wanted, s
 	d->path = strdup(wanted->path);
 	if (!d->path)
 		return error_errno(err, "disk %s", wanted->path);
-	snprintf(d->serial, sizeof(d->serial), "hostel-disk-%u", index);
+	if (*wanted->serial)
+		snprintf(d->serial, sizeof(d->serial), "%s", wanted->serial);
+	else
+		snprintf(d->serial, sizeof(d->serial), "hostel-disk-%u", index);
 	d->limits = wanted->limits;
 	result = disk_open(&d->disk, wanted->path, &wanted->options, err);
 	if (result == 0) {

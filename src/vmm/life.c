@@ -37,6 +37,8 @@ void vm_stop(struct vm *vm, enum vm_cause cause, const struct error *why)
 	/* A vCPU that waits for the console's reader would keep the end waiting. */
 	if (last_word && vm->console)
 		console_release(vm->console);
+	if (last_word && vm->hvc)
+		console_release(vm->hvc);
 	for (unsigned i = 0; i < vm->cpus; i++)
 		vcpu_call(&vm->vcpu[i], 0);
 }
@@ -51,6 +53,7 @@ static void end(struct vm *vm)
 {
 	static const enum vm_event events[] = {[VM_CAUSE_RESET] = VM_EVENT_RESET,
 		[VM_CAUSE_POWER_OFF] = VM_EVENT_POWER_OFF,
+		[VM_CAUSE_DEBUG_EXIT] = VM_EVENT_POWER_OFF,
 		[VM_CAUSE_LEAVE] = VM_EVENT_LEFT,
 		[VM_CAUSE_FAILED] = VM_EVENT_FAILED};
 
@@ -231,10 +234,14 @@ static void signal_arrived(void *opaque, int fd, uint32_t events)
 	switch (info.ssi_signo) {
 	case SIGTSTP:
 		console_suspend(vm->console);
+		if (vm->hvc)
+			console_suspend(vm->hvc);
 		raise(SIGSTOP); /* goes on with SIGCONT */
 		break;
 	case SIGCONT:
 		console_resume(vm->console);
+		if (vm->hvc)
+			console_resume(vm->hvc);
 		break;
 	case SIGUSR1:
 		for (unsigned i = 0; i < vm->cpus; i++)
@@ -269,6 +276,8 @@ static int exit_status(struct vm *vm, struct error *err)
 	case VM_CAUSE_FAILED:
 		*err = vm->error;
 		return 1;
+	case VM_CAUSE_DEBUG_EXIT:
+		return vm->debug_exit;
 	case VM_CAUSE_LEAVE:
 		return vm->signal ? 128 + vm->signal : 0;
 	case VM_CAUSE_POWER_OFF:

@@ -10,6 +10,7 @@
 #include "engine/cpu_model.h"
 #include "engine/engine.h"
 #include "vmm/config.h"
+#include "vmm/options_internal.h"
 
 #define MEMORY_DEFAULT (512ull << 20)
 /* Ids that nobody hands out: above what systemd knows of (its UIDS-GIDS page), below 2^31, which old programs fear. */
@@ -88,9 +89,7 @@ static int parse_cmdline(struct vmm_config *config, const char *value, struct er
 	return 0;
 }
 
-/* Takes the next comma-separated part off *text into a string of its own; two commas stand for one that belongs to the
- * part. NULL when there is none left. */
-static char *next_part(const char **text)
+char *options_next_part(const char **text)
 {
 	const char *from = *text;
 	char *part, *to;
@@ -140,11 +139,11 @@ static int parse_disk(struct vmm_config *config, const char *value, struct error
 		return error_set(
 			err, EINVAL, "--disk %s: %d disks are the most; leave this one out", value, VMM_DISKS_MAX);
 	config->disks++;
-	disk->path = next_part(&rest);
+	disk->path = options_next_part(&rest);
 	if (!*disk->path)
 		return error_set(err, EINVAL, "--disk '%s': the file is missing; give --disk FILE", value);
 	while (rest) {
-		scope_free char *part = next_part(&rest);
+		scope_free char *part = options_next_part(&rest);
 
 		int limit = parse_limit(&disk->limits, "--disk", part, err);
 
@@ -158,12 +157,17 @@ static int parse_disk(struct vmm_config *config, const char *value, struct error
 			disk->options.format = DISK_RAW;
 		else if (!strcmp(part, "format=qcow2"))
 			disk->options.format = DISK_QCOW2;
-		else if (!strncmp(part, "format=", 7))
+		else if (!strncmp(part, "serial=", 7)) {
+			int result = options_parse_disk_serial(disk, part + 7, value, err);
+
+			if (result < 0)
+				return result;
+		} else if (!strncmp(part, "format=", 7))
 			return error_set(
 				err, EINVAL, "--disk %s: format '%s' is unknown; give raw or qcow2", value, part + 7);
 		else
 			return error_set(err, EINVAL,
-				"--disk %s: '%s' is unknown; give format=raw|qcow2 or readonly, and two commas for one "
+				"--disk %s: '%s' is unknown; give format=raw|qcow2, readonly or serial=TEXT, and two commas for one "
 				"in a file's name",
 				value, part);
 	}
@@ -205,7 +209,7 @@ static int parse_net(struct vmm_config *config, const char *value, struct error 
 	if (!net->spec)
 		return error_errno(err, "--net %s", value);
 	while (rest) {
-		scope_free char *part = next_part(&rest);
+		scope_free char *part = options_next_part(&rest);
 
 		int limit = parse_limit(&net->limits, "--net", part, err);
 
@@ -234,6 +238,7 @@ static int parse_net(struct vmm_config *config, const char *value, struct error 
 
 static int parse_serial(struct vmm_config *config, const char *value, struct error *err)
 {
+	config->has_serial = true;
 	config->serial_path = NULL;
 	if (!strcmp(value, "stdio")) {
 		config->serial = VMM_SERIAL_STDIO;
@@ -339,10 +344,20 @@ static const struct option_spec {
 	{"cmdline", "STRING", parse_cmdline, "kernel command line [console=ttyS0]"},
 	{"cpus", "N", parse_cpus, "virtual CPUs, 1 to 64 [1]"},
 	{"memory", "SIZE", parse_memory, "guest memory, such as 512M or 2G [512M]"},
-	{"disk", "FILE[,format=raw|qcow2][,readonly][,bandwidth=RATE[:BURST]][,operations=RATE[:BURST]]", parse_disk, "a disk; repeat for more"},
-	{"net", "user[,forward=tcp:ADDR:PORT-:PORT]...|tap=NAME[,mac=MAC]", parse_net,
+	{"disk",
+		"FILE[,format=raw|qcow2][,readonly][,serial=TEXT][,bandwidth=RATE[:BURST]][,operations=RATE[:BURST]]",
+		parse_disk, "a disk; repeat for more"},
+	{"net", "user[,forward=tcp:ADDR:PORT-:PORT]...|tap=NAME[,queues=N][,mac=MAC]", parse_net,
 		"a network device; repeat for more"},
 	{"serial", "stdio|none|file=PATH|socket=PATH", parse_serial, "where the guest's serial port goes [stdio]"},
+	{"virtio-console", "stdio|none|file=PATH|socket=PATH", options_parse_virtio_console,
+		"a virtio console, /dev/hvc0, and where it goes; on stdio the serial port has none"},
+	{"vsock", "PATH[,cid=N]", options_parse_vsock, "sockets between host and guest, by a Unix socket at PATH [cid=3]"},
+	{"balloon", "SIZE", options_parse_balloon, "a balloon that gives back free memory, and SIZE from the start"},
+	{"name", "TEXT", options_parse_name, "the machine's name, told to the guest by SMBIOS"},
+	{"uuid", "UUID", options_parse_uuid, "the machine's identity [a random one at each start]"},
+	{"module", "FILE[,STRING]", options_parse_module, "module of a Multiboot kernel, and its command line; repeat for more"},
+	{"debug-exit", NULL, options_parse_debug_exit, "a write of N to port 0xf4 ends the program with status 2N+1"},
 	{"cpu", "host|x86-64-v2|x86-64-v3[,-FEATURE]...", parse_cpu,
 		"CPU model that the guest sees, without these features [host]"},
 	{"engine", "auto|kvm|bt", parse_engine, "what runs the guest's code; auto: kvm if it really can [auto]"},
@@ -432,8 +447,15 @@ int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], st
 	}
 	if (!config->kernel)
 		return error_set(err, EINVAL, "no kernel was given; give --kernel FILE (a bzImage or an ELF vmlinux)");
+	if (config->hvc == VMM_SERIAL_STDIO && config->has_hvc && config->serial == VMM_SERIAL_STDIO) {
+		if (config->has_serial)
+			return error_set(err, EINVAL,
+				"--serial stdio and --virtio-console stdio: one of them can have it; give the other "
+				"file=PATH, socket=PATH or none");
+		config->serial = VMM_SERIAL_NONE;
+	}
 	if (!config->cmdline)
-		config->cmdline = "console=ttyS0";
+		config->cmdline = config->serial == VMM_SERIAL_NONE && config->has_hvc ? "console=hvc0" : "console=ttyS0";
 	return config->cpu ? 0 : parse_cpu(config, "host", err);
 }
 
@@ -443,6 +465,10 @@ void vmm_config_free(struct vmm_config *config)
 		free(config->disk[i].path);
 	for (unsigned i = 0; i < config->nets; i++)
 		free(config->net[i].spec);
+	for (unsigned i = 0; i < config->modules; i++)
+		free(config->module[i].path);
+	config->modules = 0;
+	free(take_ptr(config->vsock_path));
 	config->disks = config->nets = 0;
 	while (config->kept_count)
 		free(config->kept[--config->kept_count]);

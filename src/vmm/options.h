@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/token_bucket.h"
 #include "disk/disk.h"
+#include "machine/boot.h"
 
 struct engine;
 struct cpu_model;
@@ -24,6 +25,7 @@ struct vmm_disk {
 	char *path;
 	struct disk_options options;
 	struct rate_limits limits;
+	char serial[21]; /* "": hostel-disk-N */
 };
 
 struct vmm_net {
@@ -46,6 +48,7 @@ struct vmm_config {
 	struct vmm_disk disk[VMM_DISKS_MAX];
 	unsigned nets;
 	struct vmm_net net[VMM_NETS_MAX];
+	bool has_serial; /* it was said */
 	enum vmm_serial serial;
 	const char *serial_path; /* of file= and socket= */
 	bool exit_on_reset;
@@ -54,6 +57,20 @@ struct vmm_config {
 	unsigned kept_count;
 	bool jail;
 	uint32_t jail_first, jail_last; /* user and group ids to choose from */
+	/* options_devices.c */
+	bool has_balloon;
+	uint64_t balloon; /* bytes given up from the start */
+	char *vsock_path; /* NULL: none; freed by vmm_config_free() */
+	uint32_t vsock_cid;
+	bool has_hvc;
+	enum vmm_serial hvc; /* virtio console */
+	const char *hvc_path;
+	const char *name;
+	bool has_uuid;
+	uint8_t uuid[16];
+	bool debug_exit;
+	unsigned modules; /* of a Multiboot kernel; their paths are freed by vmm_config_free() */
+	struct boot_module module[BOOT_MODULES_MAX];
 };
 
 /* Fills config, defaults included. An error names the option, the value found and the remedy; the configuration must be

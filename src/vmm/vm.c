@@ -28,6 +28,10 @@ static void board_event(void *opaque, enum board_event event)
 	case BOARD_EVENT_RESET:
 		vm_stop(vm, VM_CAUSE_RESET, NULL);
 		break;
+	case BOARD_EVENT_PANIC:
+	case BOARD_EVENT_CRASH_KERNEL:
+		vm_panicked(vm);
+		break;
 	}
 }
 
@@ -91,6 +95,8 @@ static int create_board(struct vm *vm, struct error *err)
 		.startup = vcpu_startup,
 		.pci_ejected = vm_pci_ejected,
 		.wake = vcpu_wake_up};
+	if (vm->config->debug_exit)
+		vm->host.debug_exit = vm_debug_exit;
 	return board_create(&vm->board, &config, err);
 }
 
@@ -104,9 +110,10 @@ static int add_devices(struct vm *vm, struct error *err)
 		result = vm_open_net(vm, i, &vm->config->net[i], err);
 	if (result == 0)
 		result = virtio_rng_create(&vm->device[vm->devices], vm->board, err);
-	if (result == 0)
-		vm->devices++;
-	return result;
+	if (result < 0)
+		return result;
+	vm->devices++;
+	return vm_add_small_devices(vm, err);
 }
 
 static int create_engine_vm(struct vm *vm, struct error *err)
@@ -154,6 +161,8 @@ static struct boot_config boot_config(const struct vm *vm)
 	return (struct boot_config){.kernel = vm->config->kernel,
 		.initrd = vm->config->initrd,
 		.cmdline = vm->config->cmdline,
+		.modules = vm->config->modules,
+		.module = vm->config->module,
 		.files = vm->config->jail ? &vm->boot_files : NULL};
 }
 
@@ -170,6 +179,11 @@ int vm_load(struct vm *vm, struct error *err)
 	struct boot_config boot = boot_config(vm);
 	int result = acpi_write_tables(vm->board, vm->cpus, &boot.rsdp, err);
 
+	vm->panicked = false;
+	if (result == 0)
+		result = board_write_generation(vm->board, err);
+	if (result == 0)
+		result = smbios_write_tables(&vm->memory, &vm->identity, err);
 	return result < 0 ? result : boot_load(&vm->entry, &vm->memory, &boot, err);
 }
 
@@ -198,6 +212,8 @@ static int assemble(struct vm *vm, struct error *err)
 	int result = choose_engine(vm, err);
 
 	if (result == 0)
+		result = vm_make_identity(vm, err);
+	if (result == 0)
 		result = create_memory(vm, err);
 	if (result == 0)
 		result = loop_create(&vm->loop, err);
@@ -215,6 +231,9 @@ static int assemble(struct vm *vm, struct error *err)
 		result = vm_load(vm, err);
 	if (result == 0)
 		result = vm_watch_signals(vm, err);
+	if (result == 0 && vm->hvc_device)
+		result = console_create_on(&vm->hvc, vm->config->hvc, vm->config->hvc_path, vm_hvc_port(vm), vm->loop,
+			&vm->threads, user_leaves, vm, err);
 	/* Last, so that the terminal is left alone as long as something can be wrong. */
 	if (result == 0)
 		result = console_create(&vm->console, vm->config->serial, vm->config->serial_path,
@@ -240,6 +259,8 @@ int vm_create(struct vm **created, const struct vmm_config *config, struct error
 	vm->threads.held = config->jail;
 	vm->signal_fd = -1;
 	vm->boot_files = (struct boot_files){.kernel = -1, .initrd = -1};
+	vm->vsock.fd = -1;
+	vm->debug_exit = -1;
 	pthread_mutex_init(&vm->lock, NULL);
 	pthread_cond_init(&vm->resumed, NULL);
 	for (unsigned i = 0; i < vm->cpus; i++) {
@@ -281,6 +302,8 @@ int vm_destroy(struct vm *vm, struct error *err)
 		vm->engine->vm_destroy(vm->engine_vm);
 	if (vm->board)
 		board_destroy(vm->board);
+	console_unlisten(&vm->vsock);
+	console_destroy(vm->hvc);
 	console_destroy(vm->console); /* after the serial port, which gives out what it still holds */
 	boot_close(&vm->boot_files);
 	if (vm->has_memory)

@@ -21,8 +21,10 @@
 #include "machine/board.h"
 #include "machine/boot.h"
 #include "machine/memory.h"
+#include "machine/smbios.h"
 #include "net/net.h"
 #include "vmm/console.h"
+#include "vmm/console_open.h"
 #include "vmm/jail.h"
 #include "vmm/options.h"
 
@@ -37,6 +39,7 @@ enum vm_cause {
 	VM_CAUSE_NONE,
 	VM_CAUSE_RESET,
 	VM_CAUSE_POWER_OFF,
+	VM_CAUSE_DEBUG_EXIT, /* a test kernel said so, with its status */
 	VM_CAUSE_LEAVE, /* the user at the console, or a signal */
 	VM_CAUSE_FAILED,
 };
@@ -129,6 +132,13 @@ struct vm {
 	struct vm_net net[VMM_NETS_MAX];
 	uint32_t removals; /* PCI slots whose removal was asked for */
 	struct virtio_device *device[VM_DEVICES_MAX]; /* all that are not disks or networks */
+	struct console *hvc;		    /* or NULL */
+	struct virtio_device *hvc_device;   /* among `device`, as is the next one; or NULL */
+	struct virtio_device *balloon;
+	struct console_socket vsock;
+	struct smbios_identity identity;
+	atomic_int debug_exit; /* the exit status that the guest wants, or -1 */
+	atomic_bool panicked;
 	unsigned devices;
 	struct control *control; /* NULL: none */
 	vm_observer *observer;	 /* or NULL */
@@ -160,6 +170,13 @@ int vm_create(struct vm **vm, const struct vmm_config *config, struct error *err
 int vm_destroy(struct vm *vm, struct error *err);
 /* Firmware tables and kernel into guest memory: at the start and after each reset. */
 int vm_load(struct vm *vm, struct error *err);
+
+/* vm_devices.c */
+int vm_add_small_devices(struct vm *vm, struct error *err);
+struct console_port vm_hvc_port(struct vm *vm);
+int vm_make_identity(struct vm *vm, struct error *err);
+void vm_debug_exit(void *vm, uint32_t value);
+void vm_panicked(struct vm *vm);
 
 /* life.c */
 void vm_block_signals(void);
