@@ -116,6 +116,8 @@ struct engine_config {
 	struct guest_memory *memory; /* machine/memory.h */
 	bool stop_on_exception;	     /* for tests: vcpu_run returns instead of delivering exceptions */
 	bool one_instruction_blocks; /* for lockstep tests */
+	unsigned lockstep;	     /* for tests, of `bt` with one vCPU: every so many entries into translated code, a block is
+				      * compared with its instructions one by one; 0: never. A difference is an ERROR exit. */
 	bool exact_flags;	     /* for tests: at a fault even those flags are right that nothing would read */
 };
 

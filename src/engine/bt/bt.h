@@ -8,6 +8,7 @@
  *   string.c     string instructions, in bulk
  *   slow.c       one instruction at a time: bounce buffers, page crossings, devices, 16-bit code
  *   vector.c     memory instructions with per-element masks and addresses: gathers, scatters, masked moves
+ *   lockstep.c   a test: blocks against their instructions one by one
  *   signals.c    host faults in translated code become guest exceptions
  *   fpu.c        parking the guest's floating-point and vector state while C code needs the registers
  *   system.c exception.c segment.c msr.c cpuid.c   the privileged architecture (system.h)
@@ -72,6 +73,7 @@ struct bt_vm {
 	struct guest_memory *memory;
 	unsigned cpus;
 	bool stop_on_exception, single, exact_flags;
+	unsigned lockstep;
 	int trace; /* HOSTEL_BT_TRACE */
 	struct bt_vcpu *vcpu[64];
 
@@ -140,6 +142,7 @@ struct bt_private {
 	unsigned budget;	/* of vcpu_step */
 	uint8_t *signal_stack;
 	struct bt_slow_cache *slow_cache;
+	struct bt_lockstep *lockstep; /* NULL: off */
 	uint64_t statistics[32];
 	size_t fpu_size;
 	uint8_t *fpu; /* XSAVE area, standard layout, 64-byte aligned */
@@ -234,6 +237,18 @@ enum system_result vector_execute(struct bt_vcpu *v, const struct bt_decoded *d)
 uint64_t vector_enabled(struct bt_vcpu *v, const struct bt_decoded *d);
 /* String instructions (string.c). */
 enum system_result string_execute(struct bt_vcpu *v, const struct bt_decoded *d);
+
+/* ---- lockstep.c ---- */
+enum lockstep_result {
+	LOCKSTEP_NOT,	  /* nothing was run */
+	LOCKSTEP_RAN,	  /* the block at v->rip was run; v->exit_code says how it ended */
+	LOCKSTEP_DIFFERS, /* and it was not what its instructions do */
+};
+int lockstep_create(struct bt_vcpu *v);
+void lockstep_destroy(struct bt_vcpu *v);
+enum lockstep_result lockstep_run(struct bt_vcpu *v);
+void lockstep_page_written(struct bt_vcpu *v, uint64_t gpa); /* is about to be, perhaps */
+void lockstep_statistics(const struct bt_vcpu *v, uint64_t *compared, uint64_t *left_out);
 
 /* ---- signals.c ---- */
 void signals_install(void);

@@ -439,6 +439,11 @@ void insn_classify(struct insn *i, uint32_t mode)
 		i->kind = INSN_PLAIN;
 	i->bits = i->kind == INSN_BITS;
 	if (!code64) {
+		/* Limits and rights of FS and GS are checked in slow.c, unless there are none. */
+		if (i->memory && i->kind != INSN_LEA &&
+			((i->memory->mem.segment == ZYDIS_REGISTER_FS && !(mode & BT_MODE_OPEN_FS)) ||
+				(i->memory->mem.segment == ZYDIS_REGISTER_GS && !(mode & BT_MODE_OPEN_GS))))
+			i->kind = INSN_SLOW;
 		/* What 32-bit code does with 16-bit addresses or stack slots is rare enough. */
 		if (d->address_width != 32 && (i->memory || i->kind == INSN_LEA || i->kind == INSN_LOOP))
 			i->kind = INSN_SLOW;

@@ -40,6 +40,12 @@ void bt_set_rflags(struct bt_vcpu *v, uint64_t f)
 		bt_mode_update(v);
 }
 
+/* Writable data without a limit that could be met. */
+static bool is_open(const struct engine_segment *s)
+{
+	return s->limit == 0xffffffff && (s->attributes & (SEGMENT_P | SEGMENT_S | 0xe)) == (SEGMENT_P | SEGMENT_S | 2);
+}
+
 static bool is_flat(const struct engine_segment *s)
 {
 	return s->base == 0 && s->limit == 0xffffffff && (s->attributes & SEGMENT_P);
@@ -59,6 +65,8 @@ void bt_mode_update(struct bt_vcpu *v)
 			mode |= BT_MODE_CODE32;
 		if (ss->attributes & SEGMENT_DB)
 			mode |= BT_MODE_STACK32;
+		mode |= is_open(&v->segments[ENGINE_FS]) ? BT_MODE_OPEN_FS : 0;
+		mode |= is_open(&v->segments[ENGINE_GS]) ? BT_MODE_OPEN_GS : 0;
 		if (!real && is_flat(cs) && is_flat(ss) && is_flat(&v->segments[ENGINE_DS]) &&
 			is_flat(&v->segments[ENGINE_ES]) && (mode & BT_MODE_STACK32))
 			mode |= BT_MODE_FLAT;
@@ -238,6 +246,16 @@ static enum next run_once(struct bt_vcpu *v, struct bt_site **link, struct engin
 	bool slow;
 
 	*link = NULL;
+	if (vm->lockstep && !(v->mode & BT_MODE_SINGLE)) {
+		switch (lockstep_run(v)) {
+		case LOCKSTEP_RAN: goto ran;
+		case LOCKSTEP_DIFFERS:
+			exit->reason = ENGINE_EXIT_ERROR;
+			snprintf(exit->message, sizeof(exit->message), "bt: lockstep: a block did not do what its instructions do");
+			return LEAVE;
+		default: break;
+		}
+	}
 	flushes = vm->flushes;
 	block = block_find(v, &slow);
 	if (!block) {
@@ -257,6 +275,7 @@ static enum next run_once(struct bt_vcpu *v, struct bt_site **link, struct engin
 		trace(v, "enter");
 	fpu_unpark(v);
 	vm->enter(v, block->entry_mem);
+ran:
 	switch ((enum bt_exit)v->exit_code) {
 	case BT_EXIT_LOOKUP:
 		statistics[STAT_EXIT_LOOKUP]++;
@@ -409,6 +428,7 @@ static int bt_vm_create(struct engine_vm **made, const struct engine_config *con
 	vm->bt.cpus = config->cpus;
 	vm->bt.stop_on_exception = config->stop_on_exception;
 	vm->bt.exact_flags = config->exact_flags;
+	vm->bt.lockstep = config->cpus == 1 ? config->lockstep : 0;
 	vm->bt.single = config->one_instruction_blocks;
 	vm->tsc_start = host_tsc();
 	if (getenv("HOSTEL_BT_TRACE"))
@@ -446,6 +466,7 @@ static void bt_vcpu_destroy(struct engine_vcpu *vcpu)
 	if (vcpu->bt.vm)
 		vcpu->bt.vm->vcpu[vcpu->bt.index] = NULL;
 	slow_destroy(&vcpu->bt);
+	lockstep_destroy(&vcpu->bt);
 	fpu_destroy(&vcpu->bt);
 	free(p);
 	free(vcpu);
@@ -482,7 +503,7 @@ static int bt_vcpu_create(struct engine_vm *vm, unsigned cpu, struct engine_vcpu
 	v->model = vm->bt.model;
 	v->board = vm->bt.board;
 	v->tsc_offset = -vm->tsc_start;
-	if (!v->private || fpu_create(v) || slow_create(v)) {
+	if (!v->private || fpu_create(v) || slow_create(v) || lockstep_create(v)) {
 		bt_vcpu_destroy(vcpu);
 		return error_set(err, ENOMEM, "no memory for a vCPU");
 	}
@@ -628,7 +649,13 @@ static void bt_vcpu_statistics(struct engine_vcpu *vcpu, char *text, size_t size
 	for (int k = 0; k < STAT_COUNT && used < size; k++)
 		used += (size_t)snprintf(text + used, size - used, "%s %lu\n", names[k], vcpu->bt.private->statistics[k]);
 	if (used < size)
-		snprintf(text + used, size - used, "code_bytes %zu\n", vcpu->bt.vm->code_used);
+		used += (size_t)snprintf(text + used, size - used, "code_bytes %zu\n", vcpu->bt.vm->code_used);
+	if (used < size && vcpu->bt.vm->lockstep) {
+		uint64_t compared, left_out;
+
+		lockstep_statistics(&vcpu->bt, &compared, &left_out);
+		snprintf(text + used, size - used, "lockstep_blocks %lu\nlockstep_left_out %lu\n", compared, left_out);
+	}
 }
 
 const struct engine engine_bt = {

@@ -40,7 +40,7 @@ static void segment_changed(struct bt_vcpu *v, int s)
 		v->fs_base = v->segments[s].base;
 	else if (s == ENGINE_GS)
 		v->gs_base = v->segments[s].base;
-	else if (!in_code64(v))
+	if (!in_code64(v))
 		bt_mode_update(v);
 }
 

@@ -264,6 +264,7 @@ static uint64_t target_of(const struct bt_vcpu *v, const struct bt_decoded *d)
 static int operand_value(struct bt_vcpu *v, const struct bt_decoded *d, const ZydisDecodedOperand *op, uint64_t *value)
 {
 	uint64_t linear;
+	unsigned size;
 
 	*value = 0;
 	if (op->type == ZYDIS_OPERAND_TYPE_REGISTER) {
@@ -274,9 +275,10 @@ static int operand_value(struct bt_vcpu *v, const struct bt_decoded *d, const Zy
 		*value = op->imm.value.u;
 		return 0;
 	}
-	if (bt_effective_address(v, d, op, op->size / 8, BT_READ, &linear))
+	size = insn_is_narrow_branch(&d->insn, v->mode) ? 2 : op->size / 8u;
+	if (bt_effective_address(v, d, op, size, BT_READ, &linear))
 		return BT_FAULT;
-	return bt_read_linear(v, linear, value, op->size / 8, is_user(v));
+	return bt_read_linear(v, linear, value, size, is_user(v));
 }
 
 static unsigned slot_size(const struct bt_vcpu *v, const struct bt_decoded *d)
@@ -883,10 +885,12 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 	if (privileged && v->cpl)
 		return bt_raise_error(v, VECTOR_GP, 0);
 	linear = effective_offset(v, d, e->i.memory) + base_of(v, segment_of(e->i.memory->mem.segment));
-	if (linear & (fx ? 15 : 63))
+	if (!fx && linear & 63)
 		return bt_raise_error(v, VECTOR_GP, 0);
 	if (bt_effective_address(v, d, e->i.memory, 1, restore ? BT_READ : BT_WRITE, &linear))
 		return BT_FAULT;
+	if (fx && linear & 15)
+		return bt_raise_error(v, VECTOR_GP, 0);
 	if (!restore)
 		area += sizeof(v->private->wide_bounce) / 2;
 	size = fx ? 512 : area_end(v, mask, compact);

@@ -50,7 +50,7 @@ static bool canonical(uint64_t linear)
 }
 
 /* The set says whose rules apply. */
-static int walk(struct bt_vcpu *v, uint64_t linear, enum bt_access access, enum bt_set set, struct walk *w)
+static int walk_tables(struct bt_vcpu *v, uint64_t linear, enum bt_access access, enum bt_set set, struct walk *w)
 {
 	bool user = set == BT_SET_USER, wide = v->cr4 & CR4_PAE, nx_on = wide && (v->efer & EFER_NXE);
 	bool lma = v->efer & EFER_LMA;
@@ -133,6 +133,15 @@ static int walk(struct bt_vcpu *v, uint64_t linear, enum bt_access access, enum 
 	return 0;
 }
 
+static int walk(struct bt_vcpu *v, uint64_t linear, enum bt_access access, enum bt_set set, struct walk *w)
+{
+	int fault = walk_tables(v, linear, access, set, w);
+
+	if (!fault && access == BT_WRITE && v->vm->lockstep)
+		lockstep_page_written(v, w->gpa);
+	return fault;
+}
+
 static enum bt_set set_for(const struct bt_vcpu *v, bool user)
 {
 	return user ? BT_SET_USER : (v->mode & BT_MODE_SET) == BT_SET_AC ? BT_SET_AC : BT_SET_SUPERVISOR;
@@ -191,7 +200,8 @@ uint8_t *tlb_fill(struct bt_vcpu *v, enum bt_set set, uint64_t linear, bool writ
 			p->filled_count[set]++;
 	}
 	e->read = page;
-	e->write = w.writable && !code ? page : tlb_invalid(n);
+	/* In lockstep the first write to a page must come here. */
+	e->write = w.writable && !code && (write || !v->vm->lockstep) ? page : tlb_invalid(n);
 	e->addend = (uint64_t)(uintptr_t)host;
 	e->flags = w.global ? TLB_GLOBAL : 0;
 	return write && code ? NULL : host;

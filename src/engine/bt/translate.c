@@ -157,7 +157,7 @@ static void emit_indirect(struct bt_translation *t, enum bt_set set)
 	uint32_t pc = V(jump) + (uint32_t)set * sizeof(((struct bt_vcpu *)0)->jump[0]);
 	struct late *late;
 
-	if (t->mode & BT_MODE_SINGLE) {
+	if (t->mode & (BT_MODE_SINGLE | BT_MODE_ALONE)) {
 		emit_lookup(t);
 		return;
 	}
@@ -217,7 +217,7 @@ static void emit_goto(struct bt_translation *t, int64_t offset, int32_t from, co
 	struct late *late;
 	uint8_t *poll = NULL;
 
-	if (!in_page(offset) || (t->mode & BT_MODE_SINGLE) || t->block->second_page) {
+	if (!in_page(offset) || (t->mode & (BT_MODE_SINGLE | BT_MODE_ALONE)) || t->block->second_page) {
 		emit_far_goto(t, offset);
 		return;
 	}

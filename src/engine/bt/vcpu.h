@@ -59,6 +59,9 @@ enum bt_mode_bits {
 	BT_MODE_SINGLE = 0x80,	  /* blocks of one instruction */
 	BT_MODE_NO_XSAVE = 0x100, /* CR4.OSXSAVE clear: VEX and EVEX raise #UD */
 	BT_MODE_REAL = 0x200,	  /* CR0.PE clear or EFLAGS.VM set */
+	BT_MODE_ALONE = 0x800,	  /* blocks without direct jumps out of them (lockstep.c) */
+	BT_MODE_OPEN_FS = 0x1000, /* outside 64-bit mode: FS (GS) is writable data up to 4 GiB, so that only its base matters */
+	BT_MODE_OPEN_GS = 0x2000,
 	BT_MODE_AMD = 0x400,	  /* the CPU model's vendor: near branches with an operand-size prefix differ */
 };
 
