@@ -60,7 +60,7 @@ def test_session(debian_image, tmp_path, cpus):
         if status or not re.search(r"^words [1-9]\d* [1-9]\d* 1\.41421356237309504880168872420969807856967187537694807317668 4$",
                                    text, re.M):
             v.fail(f"python3 printed {text!r}, status {status}")
-        status, text = v.command_output("perl -e 'my %h; $h{$_ % 97} .= $_ for 1..20000; print length(join q(), values %h)'")
+        status, text = v.command_output("perl -le 'my %h; $h{$_ % 97} .= $_ for 1..20000; print length(join q(), values %h)'")
         assert (status, text.strip()) == (0, "88894"), text
         # An address by DHCP, and TCP through user mode.
         v.command_output("for i in $(seq 60); do networkctl status 2>/dev/null | grep -q 'Address: 10' && break; sleep 0.5; done")
