@@ -13,7 +13,6 @@
 #include "base/cleanup.h"
 #include "base/util.h"
 #include "vmm/console.h"
-#include "vmm/terminal.h"
 
 #define READ_BYTES 4096u
 
@@ -94,7 +93,8 @@ static void put(struct control_client *c, const char *bytes, size_t n)
 			c->broken = true;
 			return;
 		}
-		memcpy(grown, c->output + c->output_at, used);
+		if (used)
+			memcpy(grown, c->output + c->output_at, used);
 		free(c->output);
 		c->output = grown;
 		c->output_room = room;
@@ -185,7 +185,7 @@ static void serve_lines(struct control_client *c)
 {
 	size_t at = 0;
 
-	while (c->wait == WAIT_NOTHING && !c->broken && !c->attached) {
+	while (c->input && c->wait == WAIT_NOTHING && !c->broken && !c->attached) {
 		char *end = memchr(c->input + at, '\n', c->input_used - at);
 		size_t length = end ? (size_t)(end - (c->input + at)) : c->input_used - at;
 		scope_free char *line = NULL;
@@ -212,7 +212,11 @@ static void serve_lines(struct control_client *c)
 /* The console's part of an attached client: what it has typed. */
 static void type(struct control_client *c)
 {
-	size_t taken = console_type(c->control->vm->console, (uint8_t *)c->input, c->input_used);
+	size_t taken;
+
+	if (!c->input_used)
+		return;
+	taken = console_type(c->control->vm->console, (uint8_t *)c->input, c->input_used);
 
 	memmove(c->input, c->input + taken, c->input_used - taken);
 	c->input_used -= taken;

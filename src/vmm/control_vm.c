@@ -40,10 +40,10 @@ static int status(struct rpc_call *call, json_t *params, json_t **result, struct
 	struct control_client *client = call->context;
 	struct vm *vm = client->control->vm;
 
-	*result = json_pack("{s:i, s:s, s:s, s:s, s:i, s:I, s:f, s:i, s:o}", "version", CONTROL_VERSION, "program",
+	*result = json_pack("{s:i, s:s, s:s, s:s, s:i, s:I, s:f, s:o}", "version", CONTROL_VERSION, "program",
 		HOSTEL_VERSION, "state", control_state(vm), "engine", vm->engine->name, "cpus", (int)vm->cpus, "memory",
-		(json_int_t)vm->config->memory, "uptime", (double)(clock_now() - client->control->started) / 1e9, "pid",
-		(int)getpid(), "devices", control_devices(vm, false));
+		(json_int_t)vm->config->memory, "uptime", (double)(clock_now() - client->control->started) / 1e9, "devices",
+		control_devices(vm, false));
 	return 0;
 }
 
