@@ -488,13 +488,21 @@ static void make_illegal(struct builder *b)
 		i->bytes[0] = no_opcodes[rng_below(&b->rng, sizeof(no_opcodes))];
 		return;
 	default:
-		if ((f->encoding == FORM_LEGACY && f->may_lock) || i->length == 15)
+		/* lock and mov to or from a control register: AMD's way to name cr8 */
+		if ((f->encoding == FORM_LEGACY && f->may_lock) || f->privileged || i->length == 15)
 			return;
 		memmove(i->bytes + 1, i->bytes, i->length);
 		i->bytes[0] =
 			f->encoding == FORM_LEGACY ? 0xf0 : vex_prefixes[rng_below(&b->rng, sizeof(vex_prefixes))];
 		i->length++;
 	}
+}
+
+/* These write which components are in use, and of those that have their initial values that is the processor's to say. */
+static bool shows_use(ZydisMnemonic m)
+{
+	return m == ZYDIS_MNEMONIC_XSAVEC || m == ZYDIS_MNEMONIC_XSAVEC64 || m == ZYDIS_MNEMONIC_XSAVEOPT ||
+	       m == ZYDIS_MNEMONIC_XSAVEOPT64;
 }
 
 /* One random instruction; last says that it is the block's last. */
@@ -509,6 +517,8 @@ static void add_random(struct builder *b, bool last)
 		if (b->t->ring0 && (f->privileged || f->popf))
 			continue;
 		if (b->sequence && !last && (f->image || f->privileged))
+			continue;
+		if (b->sequence && shows_use(f->mnemonic))
 			continue;
 		if (!form_encode(f, &b->rng, pick_base(b), &b->current) || harmful(b))
 			continue;
