@@ -27,7 +27,7 @@ check_function check_cpuinfo, check_cpus, check_memory, check_clock, check_timer
 check_function check_signals, check_threads, check_futex;
 check_function check_mmap, check_selfmod, check_selfmod_threads, check_selfmod_mapping;
 check_function check_float, check_strings;
-check_function check_net;
+check_function check_net, check_vsock_echo;
 
 static inline double clock_seconds(clockid_t id)
 {

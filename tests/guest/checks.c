@@ -200,6 +200,7 @@ static const struct {
 	{"float", check_float},
 	{"strings", check_strings},
 	{"net", check_net},
+	{"vsock-echo", check_vsock_echo},
 };
 
 int main(int argc, char **argv)
