@@ -1,5 +1,5 @@
 /* Loading a kernel: reads the files, tells the formats apart, and places what both of them need. The formats themselves
- * are in boot_bzimage.c and boot_elf.c. A kernel file is not trusted: it may come with an image from anywhere.
+ * are in boot_bzimage.c, boot_elf.c and boot_multiboot.c. A kernel file is not trusted: it may come with an image from anywhere.
  */
 #include "machine/boot_internal.h"
 
@@ -108,6 +108,20 @@ int boot_clear(const struct boot_job *job, uint64_t gpa, uint64_t n, const char 
 	return 0;
 }
 
+int boot_read(const struct boot_job *job, const char *path, int fd, uint64_t gpa, uint64_t size, struct error *err)
+{
+	void *to = memory_for_write(job->memory, gpa, size);
+
+	if (gpa >= boot_low_end(job->memory) || !to)
+		return error_set(err, ENOSPC,
+			"module %s does not fit: %llu MiB at %llu MiB, and the guest's memory there ends at %llu MiB; give "
+			"--memory more",
+			path, MIB(size), (unsigned long long)gpa >> 20, (unsigned long long)boot_low_end(job->memory) >> 20);
+	int ret = read_all("module", path, fd, to, size, err);
+	memory_wrote(job->memory, gpa, size);
+	return ret;
+}
+
 int boot_place_initrd(const struct boot_job *job, uint64_t floor, uint64_t limit, uint64_t *gpa, struct error *err)
 {
 	uint64_t top = min(limit, boot_low_end(job->memory)), size = job->initrd_size;
@@ -161,6 +175,11 @@ int boot_load_bytes(struct boot_entry *entry, const struct boot_job *job, struct
 	const struct boot_file *k = &job->kernel;
 
 	*entry = (struct boot_entry){0};
+	if (boot_is_multiboot(k))
+		return boot_load_multiboot(entry, job, err);
+	if (job->config->modules)
+		return error_set(err, EINVAL,
+			"kernel %s takes no modules, only Multiboot kernels do; leave --module out", k->path);
 	if (k->size >= 4 && !memcmp(k->bytes, "\177ELF", 4))
 		return boot_load_elf(entry, job, err);
 	if (k->size >= 0x206 && !memcmp(k->bytes + 0x202, "HdrS", 4))
@@ -185,6 +204,14 @@ int boot_open(struct boot_files *files, const struct guest_memory *memory, const
 		if (files->initrd < 0)
 			return files->initrd;
 	}
+	for (unsigned i = 0; i < config->modules; i++) {
+		struct boot_opened *m = &files->module[i];
+
+		m->fd = open_regular("module", config->module[i].path, memory->size, &m->size, err);
+		if (m->fd < 0)
+			return m->fd;
+		files->modules++;
+	}
 	return 0;
 }
 
@@ -194,6 +221,8 @@ void boot_close(struct boot_files *files)
 		close(take_fd(&files->kernel));
 	if (files->initrd >= 0)
 		close(take_fd(&files->initrd));
+	while (files->modules)
+		close(files->module[--files->modules].fd);
 }
 
 static int load_files(struct boot_entry *entry, struct guest_memory *memory, const struct boot_config *config,
@@ -203,6 +232,8 @@ static int load_files(struct boot_entry *entry, struct guest_memory *memory, con
 		.config = config,
 		.initrd_fd = files->initrd,
 		.initrd_size = files->initrd_size,
+		.modules = files->modules,
+		.module = files->module,
 		.kernel = {.path = config->kernel, .size = files->kernel_size}};
 	scope_free uint8_t *bytes = malloc(job.kernel.size);
 	int ret;

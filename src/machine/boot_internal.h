@@ -39,11 +39,15 @@ struct boot_job {
 	struct boot_file kernel;
 	int initrd_fd; /* -1: none */
 	uint64_t initrd_size;
+	unsigned modules;
+	const struct boot_opened *module;
 };
 
 /* The kernel has been told apart by its magic and is loaded by one of these. */
 int boot_load_bzimage(struct boot_entry *entry, const struct boot_job *job, struct error *err);
 int boot_load_elf(struct boot_entry *entry, const struct boot_job *job, struct error *err);
+int boot_load_multiboot(struct boot_entry *entry, const struct boot_job *job, struct error *err);
+bool boot_is_multiboot(const struct boot_file *kernel);
 /* Tells which it is, and loads; job is filled by boot_load, or by a test. */
 int boot_load_bytes(struct boot_entry *entry, const struct boot_job *job, struct error *err);
 
@@ -53,6 +57,8 @@ uint64_t boot_low_end(const struct guest_memory *memory);
 /* Reads the initrd to the highest page-aligned address that leaves it below `limit`, and not below `floor`; *gpa is 0
  * when there is none. */
 int boot_place_initrd(const struct boot_job *job, uint64_t floor, uint64_t limit, uint64_t *gpa, struct error *err);
+/* Reads a file of `size` bytes to gpa, which ends below the hole. */
+int boot_read(const struct boot_job *job, const char *path, int fd, uint64_t gpa, uint64_t size, struct error *err);
 /* Copies the command line to BOOT_CMDLINE; longest counts without the terminating zero. */
 int boot_place_cmdline(const struct boot_job *job, uint64_t longest, struct error *err);
 /* A flat GDT at BOOT_GDT: null, null, code (64-bit or 32-bit), data. */

@@ -38,7 +38,7 @@ static void set_flat_segments(struct engine_state *s, bool long_mode)
 
 /* Linux's 64-bit boot protocol (Documentation/x86/boot.rst, "64-bit boot protocol"): paging on with the range of
  * kernel, boot_params and command line mapped to itself, flat segments 0x10 and 0x18, interrupts off, rsi =
- * boot_params. PVH (Xen's docs/misc/pvh.pandoc): 32-bit protected mode without paging, flat segments, ebx =
+ * boot_params. PVH (Xen's docs/misc/pvh.pandoc) and Multiboot (section 3.2): 32-bit protected mode without paging, flat segments, ebx =
  * hvm_start_info. */
 int vcpu_set_boot_state(struct vcpu *v, const struct boot_entry *entry, struct error *err)
 {
@@ -63,6 +63,7 @@ int vcpu_set_boot_state(struct vcpu *v, const struct boot_entry *entry, struct e
 		s.cr0 = CR0_PE | CR0_ET;
 		s.cr4 = 0;
 		s.efer = 0;
+		s.gprs[ENGINE_RAX] = entry->rax;
 		s.gprs[ENGINE_RBX] = entry->rbx;
 	}
 	return engine->vcpu_set(v->engine, mask, &s, err);
