@@ -15,7 +15,9 @@
 #include "vmm/terminal.h"
 
 #ifdef HOSTEL_JAIL_ATTEMPTS
+/* tests/jail/attempts.c, in the program of that test only */
 void jail_attempts(enum thread_kind kind);
+void jail_attempts_guard(void);
 #endif
 
 static const char *const kind_names[THREAD_KINDS] = {
@@ -116,4 +118,7 @@ void seccomp_guard(void)
 
 	sigemptyset(&action.sa_mask);
 	sigaction(SIGSYS, &action, NULL);
+#ifdef HOSTEL_JAIL_ATTEMPTS
+	jail_attempts_guard();
+#endif
 }
