@@ -131,8 +131,8 @@ struct engine {
 	 * start and halt vCPUs too, so that all threads enter vcpu_run at once, and of struct engine_board only port and
 	 * memory accesses are used. */
 	const struct board_chips *(*vm_chips)(struct engine_vm *vm);
-	/* Logging of guest memory that guest code writes (not devices); NULL: the engine has none yet. On: from now; the
-	 * first vm_written after it may say more than was written. */
+	/* Logging of guest memory that guest code writes (not devices); NULL: the engine has none yet. On: from now. May
+	 * say more than was written, never less. */
 	int (*vm_log_writes)(struct engine_vm *vm, bool on, struct error *err);
 	/* Sets in bitmap (a bit per page by offset in the memory's file, in whole words) what was written since the last
 	 * time; other bits stay. */

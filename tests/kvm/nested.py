@@ -63,6 +63,9 @@ def missing():
     """Why this cannot run here, or None."""
     if not shutil.which(QEMU):
         return f"{QEMU} is not installed (apt-get install qemu-system-x86)"
+    for path in (KERNEL / "vmlinux", CACHE / "initrd" / "cloud.cpio"):
+        if not path.exists():
+            raise FileNotFoundError(f"no {path}; run tests/tools/fetch-kernels and tests/guest/build-initrd")
     return None
 
 

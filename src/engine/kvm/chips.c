@@ -12,7 +12,8 @@
 #define PIC_PINS 16
 #define ELCR_SCI (1 << (BOARD_SCI_IRQ - 8)) /* in the second 8259's */
 
-/* As the board has it: 0 to 15 reach both 8259s and the IOAPIC, where the timer (0) is on pin 2; the rest the IOAPIC. */
+/* As the board has it: 0 to 15 reach both 8259s and the IOAPIC, where the timer (0) is on pin 2; the rest the IOAPIC.
+ */
 static int set_routing(int vm, struct error *err)
 {
 	struct {
@@ -63,8 +64,7 @@ static void chips_irq(void *opaque, unsigned gsi, bool level)
 static void chips_msi(void *opaque, uint64_t address, uint32_t data)
 {
 	struct engine_vm *vm = opaque;
-	struct kvm_msi msi = {
-		.address_lo = (uint32_t)address, .address_hi = (uint32_t)(address >> 32), .data = data};
+	struct kvm_msi msi = {.address_lo = (uint32_t)address, .address_hi = (uint32_t)(address >> 32), .data = data};
 
 	ioctl(vm->fd, KVM_SIGNAL_MSI, &msi);
 }
@@ -108,10 +108,7 @@ int kvm_chips_init(struct engine_vm *vm, struct error *err)
 	vm->pic[1].chip.pic.elcr |= ELCR_SCI;
 	if (ioctl(vm->fd, KVM_SET_IRQCHIP, &vm->pic[1]) < 0)
 		return error_errno(err, "KVM_SET_IRQCHIP");
-	vm->chips = (struct board_chips){.opaque = vm,
-		.reset = chips_reset,
-		.irq = chips_irq,
-		.msi = chips_msi,
-		.bell = chips_bell};
+	vm->chips = (struct board_chips){
+		.opaque = vm, .reset = chips_reset, .irq = chips_irq, .msi = chips_msi, .bell = chips_bell};
 	return 0;
 }

@@ -141,7 +141,6 @@ int kvm_set_cpuid(struct engine_vcpu *v, struct error *err)
 	add_range(&list, 0);
 	add_range(&list, 0x40000000);
 	add_range(&list, LEAF_EXTENDED);
-	return ioctl(v->fd, KVM_SET_CPUID2, table) < 0
-		       ? error_errno(err, "KVM_SET_CPUID2, %u entries", table->nent)
-		       : 0;
+	return ioctl(v->fd, KVM_SET_CPUID2, table) < 0 ? error_errno(err, "KVM_SET_CPUID2, %u entries", table->nent)
+						       : 0;
 }

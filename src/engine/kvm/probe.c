@@ -321,7 +321,8 @@ static int run_part(struct probe *p, const struct notes *notes, struct error *er
 	for (;;) {
 		if (clock_now() >= p->deadline)
 			return error_set(err, ETIME,
-				"/dev/kvm runs guest kernels too slowly: the probe was at %s after %d ms, so it seems to emulate "
+				"/dev/kvm runs guest kernels too slowly: the probe was at %s after %d ms, so it seems "
+				"to emulate "
 				"every instruction",
 				step_name(notes), DEADLINE_MS);
 		if (ioctl(p->vcpu, KVM_RUN, 0) < 0) {
@@ -334,10 +335,12 @@ static int run_part(struct probe *p, const struct notes *notes, struct error *er
 		if (p->run->exit_reason == KVM_EXIT_IO && p->run->io.port == PORT_STEP)
 			break;
 		kvm_describe_exit(p->run, text, sizeof(text));
-		return error_set(err, ENOTSUP, "/dev/kvm cannot run a kernel: %s ended with %s", step_name(notes), text);
+		return error_set(
+			err, ENOTSUP, "/dev/kvm cannot run a kernel: %s ended with %s", step_name(notes), text);
 	}
 	if (notes->wrong)
-		return error_set(err, ENOTSUP, "/dev/kvm cannot run a kernel: %s gave a wrong result", step_name(notes));
+		return error_set(
+			err, ENOTSUP, "/dev/kvm cannot run a kernel: %s gave a wrong result", step_name(notes));
 	return 0;
 }
 
@@ -356,7 +359,8 @@ static int run(struct probe *p, struct error *err)
 		return result;
 	if (took > LOOP_MS_MAX * NS_PER_MS)
 		return error_set(err, ETIME,
-			"/dev/kvm runs guest kernels too slowly: %s took %llu ms instead of less than %d; it seems to emulate "
+			"/dev/kvm runs guest kernels too slowly: %s took %llu ms instead of less than %d; it seems to "
+			"emulate "
 			"every instruction",
 			steps[ARRAY_SIZE(steps) - 1], (unsigned long long)(took / NS_PER_MS), LOOP_MS_MAX);
 	return 0;

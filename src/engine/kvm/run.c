@@ -204,6 +204,6 @@ void kvm_vcpu_statistics(struct engine_vcpu *v, char *text, size_t size)
 	if (size)
 		text[0] = '\0';
 	for (unsigned i = 0; i < KVM_STATS && used < size; i++)
-		used += (size_t)snprintf(text + used, size - used, "%s %llu\n", names[i],
-			(unsigned long long)v->statistics[i]);
+		used += (size_t)snprintf(
+			text + used, size - used, "%s %llu\n", names[i], (unsigned long long)v->statistics[i]);
 }

@@ -29,15 +29,12 @@ static const struct {
 	uint32_t msr;
 	size_t at; /* in struct engine_state */
 } named_msrs[] = {
-	{MSR_STAR, offsetof(struct engine_state, star)},
-	{MSR_LSTAR, offsetof(struct engine_state, lstar)},
-	{MSR_CSTAR, offsetof(struct engine_state, cstar)},
-	{MSR_SFMASK, offsetof(struct engine_state, sfmask)},
+	{MSR_STAR, offsetof(struct engine_state, star)}, {MSR_LSTAR, offsetof(struct engine_state, lstar)},
+	{MSR_CSTAR, offsetof(struct engine_state, cstar)}, {MSR_SFMASK, offsetof(struct engine_state, sfmask)},
 	{MSR_KERNEL_GS_BASE, offsetof(struct engine_state, kernel_gs_base)},
 	{MSR_SYSENTER_CS, offsetof(struct engine_state, sysenter_cs)},
 	{MSR_SYSENTER_ESP, offsetof(struct engine_state, sysenter_esp)},
-	{MSR_SYSENTER_EIP, offsetof(struct engine_state, sysenter_eip)},
-	{MSR_PAT, offsetof(struct engine_state, pat)},
+	{MSR_SYSENTER_EIP, offsetof(struct engine_state, sysenter_eip)}, {MSR_PAT, offsetof(struct engine_state, pat)},
 	{MSR_TSC_AUX, offsetof(struct engine_state, tsc_aux)}, /* not on every CPU: the last of those that are set */
 	{MSR_TSC, offsetof(struct engine_state, tsc)},	       /* read, never set */
 };
@@ -127,8 +124,8 @@ static struct kvm_segment *kvm_segment_of(struct kvm_sregs *s, unsigned which)
 
 static void gprs_from_kvm(struct engine_state *s, const struct kvm_regs *r)
 {
-	const uint64_t gprs[16] = {r->rax, r->rcx, r->rdx, r->rbx, r->rsp, r->rbp, r->rsi, r->rdi, r->r8, r->r9,
-		r->r10, r->r11, r->r12, r->r13, r->r14, r->r15};
+	const uint64_t gprs[16] = {r->rax, r->rcx, r->rdx, r->rbx, r->rsp, r->rbp, r->rsi, r->rdi, r->r8, r->r9, r->r10,
+		r->r11, r->r12, r->r13, r->r14, r->r15};
 
 	memcpy(s->gprs, gprs, sizeof(gprs));
 	s->rip = r->rip;

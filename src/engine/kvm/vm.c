@@ -66,12 +66,13 @@ int kvm_open(int *fd, struct error *err)
 		case ENXIO:
 		case ENODEV:
 			return error_set(err, errno,
-				"there is no /dev/kvm: the CPU or the hypervisor below offers no virtualization, or the "
+				"there is no /dev/kvm: the CPU or the hypervisor below offers no virtualization, or "
+				"the "
 				"kernel's module kvm-intel or kvm-amd is not loaded");
 		case EACCES:
 		case EPERM:
-			return error_set(err, errno,
-				"/dev/kvm may not be opened by this user: add the user to its group");
+			return error_set(
+				err, errno, "/dev/kvm may not be opened by this user: add the user to its group");
 		}
 		return error_errno(err, "opening /dev/kvm");
 	}

@@ -118,6 +118,8 @@ static void test_good(void **state)
 	} good[] = {
 		{"--help", VMM_HELP},
 		{"--version", VMM_VERSION},
+		{"--probe", VMM_PROBE},
+		{"--probe=json", VMM_PROBE},
 		{"--kernel k --help --nonsense", VMM_HELP},
 		{"--kernel k --engine auto", VMM_RUN},
 		{"--kernel k --cmdline ''", VMM_RUN},
@@ -157,6 +159,7 @@ static void test_bad(void **state)
 		{"--kernel=", "--kernel", "--kernel FILE"},
 		{"--kernel ''", "--kernel", "--kernel FILE"},
 		{"--help=yes", "'yes'", "leave it out"},
+		{"--probe=xml", "xml", "--probe=json"},
 		{"--kernel k --cpus 0", "--cpus 0", "1 to 64"},
 		{"--kernel k --cpus 65", "--cpus 65", "1 to 64"},
 		{"--kernel k --cpus -1", "--cpus -1", "1 to 64"},
