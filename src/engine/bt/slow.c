@@ -847,6 +847,19 @@ static unsigned area_end(const struct bt_vcpu *v, uint64_t components, bool comp
 	return end;
 }
 
+/* What XRSTOR refuses in a header, before it looks at the rest (SDM volume 1, 13.8.1 and 13.8.2). */
+static bool is_good_header(const uint64_t *header, uint64_t xcr0)
+{
+	uint64_t compacted = header[1] & ~(1ull << 63);
+
+	if (!(header[1] >> 63))
+		return !(header[0] & ~xcr0) && !header[1] && !header[2];
+	for (unsigned k = 2; k < 8; k++)
+		if (header[k])
+			return false;
+	return !(compacted & ~xcr0) && !(header[0] & ~compacted);
+}
+
 /* FXSAVE and the XSAVE family, over a copy: what the host's instruction makes of the host's registers, which are the
  * guest's. XSAVES and XRSTORS are XSAVEC and XRSTOR: no supervisor component is offered. XSAVEs go to
  * a place from which nothing is ever restored, or XSAVEOPT would leave out what it believes unchanged there. */
@@ -898,7 +911,7 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 	if (restore && !fx) {
 		if (bt_read_linear(v, linear + 512, header, 64, is_user(v)))
 			return BT_FAULT;
-		if (privileged && !(header[1] >> 63))
+		if ((privileged && !(header[1] >> 63)) || !is_good_header(header, v->xcr0))
 			return bt_raise_error(v, VECTOR_GP, 0);
 		size = header[1] >> 63 ? area_end(v, header[1] & v->model->xcr0, true) : area_end(v, mask, false);
 	}
