@@ -347,7 +347,8 @@ static void observe(void *opaque, enum vm_event event, const char *detail, const
 		[VM_EVENT_PANIC] = "panic",
 		[VM_EVENT_FAILED] = "failed",
 		[VM_EVENT_LEFT] = "quit",
-		[VM_EVENT_REMOVED] = "removed"};
+		[VM_EVENT_REMOVED] = "removed",
+		[VM_EVENT_REFUSED] = "refused"};
 	struct control *control = opaque;
 	json_t *params = json_object();
 

@@ -9,6 +9,7 @@
 #include "base/util.h"
 #include "vmm/control_internal.h"
 #include "vmm/hotplug.h"
+#include "vmm/resize.h"
 
 #define LOOK_PERIOD 1000000u /* ns between looks at what is waited for */
 
@@ -23,6 +24,19 @@ const char *control_state(const struct vm *vm)
 		break;
 	}
 	return "ending";
+}
+
+static void show_size(json_t *to, struct vm *vm)
+{
+	struct vm_size size;
+
+	vm_size(vm, &size);
+	json_object_set_new(to, "cpus", json_integer(size.cpus));
+	json_object_set_new(to, "cpus-max", json_integer(size.cpus_max));
+	json_object_set_new(to, "memory", json_integer((json_int_t)size.memory));
+	json_object_set_new(to, "memory-max", json_integer((json_int_t)size.memory_max));
+	if (size.memory_unit)
+		json_object_set_new(to, "memory-unit", json_integer((json_int_t)size.memory_unit));
 }
 
 static int methods(struct rpc_call *call, json_t *params, json_t **result, struct error *err)
@@ -44,6 +58,7 @@ static int status(struct rpc_call *call, json_t *params, json_t **result, struct
 		HOSTEL_VERSION, "state", control_state(vm), "engine", vm->engine->name, "cpus", (int)vm->cpus, "memory",
 		(json_int_t)vm->config->memory, "uptime", (double)(clock_now() - client->control->started) / 1e9, "devices",
 		control_devices(vm, false));
+	show_size(*result, vm);
 	return 0;
 }
 
@@ -115,6 +130,27 @@ static int events(struct rpc_call *call, json_t *params, json_t **result, struct
 		return ret;
 	client->events = on;
 	*result = state_now(client->control->vm);
+	return 0;
+}
+
+/* What is added is there at once; what is taken away goes when the guest lets go of it: the event "removed" says so, or
+ * "refused". The answer is what there is now. */
+static int resize(struct rpc_call *call, json_t *params, json_t **result, struct error *err)
+{
+	struct vm *vm = control_vm(call);
+	uint64_t cpus = 0, memory = 0;
+	int ret = rpc_size(params, "cpus", &cpus, err);
+
+	if (ret == 0)
+		ret = rpc_size(params, "memory", &memory, err);
+	if (ret == 0 && json_object_get(params, "cpus"))
+		ret = vm_set_cpus(vm, cpus > VMM_CPUS_MAX ? VMM_CPUS_MAX + 1 : (unsigned)cpus, err);
+	if (ret == 0 && json_object_get(params, "memory"))
+		ret = vm_set_memory(vm, memory, err);
+	if (ret < 0)
+		return ret;
+	*result = json_object();
+	show_size(*result, vm);
 	return 0;
 }
 
@@ -247,5 +283,6 @@ const struct rpc_method control_methods[] = {
 	{"device-remove", "device", control_remove},
 	{"limit", "device,direction?,bandwidth?,bandwidth-burst?,operations?,operations-burst?", control_limit},
 	{"balloon", "target?", control_balloon},
+	{"resize", "cpus?,memory?", resize},
 	{0},
 };

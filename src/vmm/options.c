@@ -46,23 +46,53 @@ static int parse_cpu(struct vmm_config *config, const char *value, struct error 
 	return 0;
 }
 
-static int parse_cpus(struct vmm_config *config, const char *value, struct error *err)
+/* What stands behind the number, or NULL when there is none in range. */
+static const char *parse_cpu_number(const char *value, unsigned *cpus)
 {
 	char *end;
-	unsigned long cpus;
+	unsigned long number;
 
 	errno = 0;
-	cpus = strtoul(value, &end, 10);
-	if (value[0] < '0' || value[0] > '9' || *end || errno || cpus < 1 || cpus > VMM_CPUS_MAX)
-		return error_set(err, EINVAL, "--cpus %s: give a whole number from 1 to %d", value, VMM_CPUS_MAX);
-	config->cpus = (unsigned)cpus;
+	number = strtoul(value, &end, 10);
+	if (value[0] < '0' || value[0] > '9' || errno || number < 1 || number > VMM_CPUS_MAX)
+		return NULL;
+	*cpus = (unsigned)number;
+	return end;
+}
+
+static int parse_cpus(struct vmm_config *config, const char *value, struct error *err)
+{
+	const char *rest = parse_cpu_number(value, &config->cpus);
+
+	config->cpus_change = rest && !strncmp(rest, ",max=", 5);
+	config->cpus_max = config->cpus;
+	if (config->cpus_change)
+		rest = parse_cpu_number(rest + 5, &config->cpus_max);
+	if (!rest || *rest)
+		return error_set(err, EINVAL,
+			"--cpus %s: give a whole number from 1 to %d, and perhaps ,max= and another", value,
+			VMM_CPUS_MAX);
+	if (config->cpus_max < config->cpus)
+		return error_set(err, EINVAL, "--cpus %s: max= is less than what is there from the beginning", value);
 	return 0;
 }
 
 static int parse_memory(struct vmm_config *config, const char *value, struct error *err)
 {
-	if (size_parse(value, &config->memory, err) < 0)
+	const char *comma = strchr(value, ',');
+	scope_free char *size = strndup(value, comma ? (size_t)(comma - value) : strlen(value));
+
+	if (!size)
+		return error_errno(err, "--memory %s", value);
+	if (size_parse(size, &config->memory, err) < 0)
 		return error_wrap(err, "--memory");
+	config->memory_max = config->memory;
+	if (comma && strncmp(comma, ",max=", 5))
+		return error_set(err, EINVAL, "--memory %s: '%s' is unknown; give SIZE or SIZE,max=SIZE", value, comma + 1);
+	if (comma && size_parse(comma + 5, &config->memory_max, err) < 0)
+		return error_wrap(err, "--memory max=");
+	if (config->memory_max < config->memory || config->memory_max > MEMORY_MOST)
+		return error_set(err, EINVAL, "--memory %s: give a max= from the size to 256G", value);
 	if (config->memory < MEMORY_LEAST || config->memory > MEMORY_MOST)
 		return error_set(err, EINVAL, "--memory %s: give from 16M to 256G", value);
 	if (config->memory % 4096)
@@ -342,8 +372,9 @@ static const struct option_spec {
 	{"kernel", "FILE", parse_kernel, "bzImage or ELF vmlinux to boot; the one option that must be given"},
 	{"initrd", "FILE", parse_initrd, "initial RAM disk"},
 	{"cmdline", "STRING", parse_cmdline, "kernel command line [console=ttyS0]"},
-	{"cpus", "N", parse_cpus, "virtual CPUs, 1 to 64 [1]"},
-	{"memory", "SIZE", parse_memory, "guest memory, such as 512M or 2G [512M]"},
+	{"cpus", "N[,max=N]", parse_cpus, "virtual CPUs, 1 to 64, and how many there can be while it runs [1]"},
+	{"memory", "SIZE[,max=SIZE]", parse_memory,
+		"guest memory, such as 512M or 2G, and how much there can be while it runs [512M]"},
 	{"disk",
 		"FILE[,format=raw|qcow2][,readonly][,serial=TEXT][,bandwidth=RATE[:BURST]][,operations=RATE[:BURST]]",
 		parse_disk, "a disk; repeat for more"},
@@ -421,7 +452,7 @@ int vmm_config_parse(struct vmm_config *config, int argc, char *const argv[], st
 	int result;
 
 	*config = (struct vmm_config){
-		.cpus = 1, .memory = MEMORY_DEFAULT, .jail_first = JAIL_FIRST_ID, .jail_last = JAIL_LAST_ID};
+		.cpus = 1, .cpus_max = 1, .memory = MEMORY_DEFAULT, .memory_max = MEMORY_DEFAULT, .jail_first = JAIL_FIRST_ID, .jail_last = JAIL_LAST_ID};
 	for (int i = 1; i < argc; i++) {
 		const char *name = argv[i] + 2, *equals, *value = NULL;
 		const struct option_spec *option;

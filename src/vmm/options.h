@@ -41,8 +41,9 @@ struct vmm_config {
 	bool probe_json;	     /* for VMM_PROBE */
 	const struct engine *engine; /* NULL: the first that can run here */
 	const struct cpu_model *cpu;
-	unsigned cpus;
-	uint64_t memory; /* bytes */
+	unsigned cpus, cpus_max;
+	bool cpus_change; /* max= was given, be it the same number */
+	uint64_t memory, memory_max; /* bytes */
 	const char *kernel, *initrd, *cmdline;
 	unsigned disks;
 	struct vmm_disk disk[VMM_DISKS_MAX];

@@ -98,15 +98,16 @@ bool vmm_probe(FILE *to, bool json)
 	return chosen;
 }
 
-const struct engine *vmm_choose_engine(struct error *err)
+const struct engine *vmm_choose_engine(char *note, size_t size, struct error *err)
 {
+	note[0] = 0;
 	for (const struct engine *const *engine = engines; *engine; engine++) {
 		struct error why = {0};
 
 		if ((*engine)->probe(&why) == 0)
 			return *engine;
 		if (engine[1])
-			terminal_say("hostel-vmm: not engine %s: %s\n", (*engine)->name, why.text);
+			snprintf(note, size, "engine %s, not %s: %s", engine[1]->name, (*engine)->name, why.text);
 		else
 			*err = why;
 	}

@@ -117,7 +117,7 @@ static void tell_statistics(struct vcpu *v)
 {
 	char text[4000] = "";
 
-	if (v->vm->engine->vcpu_statistics)
+	if (v->engine && v->vm->engine->vcpu_statistics)
 		v->vm->engine->vcpu_statistics(v->engine, text, sizeof(text));
 	terminal_say("hostel-vmm: vCPU %u\n%s", v->index, text);
 }
@@ -129,7 +129,7 @@ static void take_snapshot(struct vcpu *v)
 
 	if (!v->snapshot)
 		v->snapshot = calloc(1, SNAPSHOT_SIZE);
-	if (v->snapshot && v->vm->engine->vcpu_statistics)
+	if (v->snapshot && v->engine && v->vm->engine->vcpu_statistics)
 		v->vm->engine->vcpu_statistics(v->engine, v->snapshot, SNAPSHOT_SIZE);
 	atomic_fetch_add(&v->snapshots, 1);
 }
@@ -140,6 +140,8 @@ char *vcpu_copy_snapshot(struct vcpu *v)
 
 	return v->snapshot ? strdup(v->snapshot) : NULL;
 }
+
+static void power_on(struct vcpu *v);
 
 static void answer_calls(struct vcpu *v)
 {
@@ -152,6 +154,10 @@ static void answer_calls(struct vcpu *v)
 	vector = v->startup_vector;
 	pthread_mutex_unlock(&v->lock);
 
+	if (calls & VCPU_CALL_POWER)
+		power_on(v);
+	if (!atomic_load(&v->plugged))
+		calls &= ~(unsigned)(VCPU_CALL_INIT | VCPU_CALL_STARTUP);
 	if (calls & VCPU_CALL_INIT) {
 		v->vm->engine->vcpu_reset(v->engine, true);
 		v->started = false;
@@ -172,6 +178,10 @@ static void power_on(struct vcpu *v)
 	struct error err = {0};
 
 	v->boots = v->vm->boots;
+	if (!atomic_load(&v->plugged)) {
+		v->started = false;
+		return;
+	}
 	v->vm->engine->vcpu_reset(v->engine, false);
 	v->started = v->index == 0 || v->vm->own_chips;
 	if (v->index == 0 && vcpu_set_boot_state(v, &v->vm->entry, &err) < 0)

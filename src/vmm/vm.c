@@ -13,7 +13,9 @@
 #include "engine/tsc.h"
 #include "vmm/control.h"
 #include "vmm/hotplug.h"
+#include "vmm/resize.h"
 #include "vmm/probe.h"
+#include "vmm/terminal.h"
 
 /* ---- what the board asks for ---- */
 
@@ -53,7 +55,8 @@ static void user_leaves(void *opaque)
 static int choose_engine(struct vm *vm, struct error *err)
 {
 	/* One that was asked for by name is taken at its word: probing costs time, and its own start says what is missing. */
-	vm->engine = vm->config->engine ? vm->config->engine : vmm_choose_engine(err);
+	vm->engine = vm->config->engine ? vm->config->engine
+					: vmm_choose_engine(vm->engine_note, sizeof(vm->engine_note), err);
 	return vm->engine ? 0 : -err->code;
 }
 
@@ -72,7 +75,7 @@ static int create_memory(struct vm *vm, struct error *err)
 				"give less",
 				(unsigned long long)(size >> 20), (unsigned long long)(total >> 20));
 	}
-	result = memory_create(&vm->memory, size, err);
+	result = memory_create_with_slots(&vm->memory, size, vm->config->memory_max, err);
 	if (result < 0)
 		return error_wrap(err, "--memory: %llu MiB for the guest", (unsigned long long)(size >> 20));
 	vm->has_memory = true;
@@ -82,6 +85,8 @@ static int create_memory(struct vm *vm, struct error *err)
 static int create_board(struct vm *vm, struct error *err)
 {
 	struct board_config config = {.cpus = vm->cpus,
+		.cpus_there = vm->config->cpus,
+		.cpus_change = vm->config->cpus_change,
 		.memory = &vm->memory,
 		.loop = vm->loop,
 		.host = &vm->host,
@@ -94,6 +99,7 @@ static int create_board(struct vm *vm, struct error *err)
 		.init = vcpu_init,
 		.startup = vcpu_startup,
 		.pci_ejected = vm_pci_ejected,
+		.hotplug = vm_resize_answered,
 		.wake = vcpu_wake_up};
 	if (vm->config->debug_exit)
 		vm->host.debug_exit = vm_debug_exit;
@@ -151,7 +157,7 @@ static int create_vcpus(struct vm *vm, struct error *err)
 {
 	int result = 0;
 
-	for (unsigned i = 0; i < vm->cpus && result == 0; i++)
+	for (unsigned i = 0; i < vm->config->cpus && result == 0; i++)
 		result = vm->engine->vcpu_create(vm->engine_vm, i, &vm->vcpu[i].engine, err);
 	return result < 0 ? error_wrap(err, "engine %s", vm->engine->name) : 0;
 }
@@ -249,13 +255,13 @@ static int assemble(struct vm *vm, struct error *err)
 
 int vm_create(struct vm **created, const struct vmm_config *config, struct error *err)
 {
-	struct vm *vm = calloc(1, sizeof(*vm) + config->cpus * sizeof(vm->vcpu[0]));
+	struct vm *vm = calloc(1, sizeof(*vm) + config->cpus_max * sizeof(vm->vcpu[0]));
 	int result;
 
 	if (!vm)
 		return error_errno(err, "virtual machine");
 	vm->config = config;
-	vm->cpus = config->cpus;
+	vm->cpus = config->cpus_max;
 	vm->threads.held = config->jail;
 	vm->signal_fd = -1;
 	vm->boot_files = (struct boot_files){.kernel = -1, .initrd = -1};
@@ -267,6 +273,7 @@ int vm_create(struct vm **created, const struct vmm_config *config, struct error
 		vm->vcpu[i].vm = vm;
 		vm->vcpu[i].index = i;
 		vm->vcpu[i].awaits_startup = i > 0;
+		vm->vcpu[i].plugged = i < config->cpus;
 		pthread_mutex_init(&vm->vcpu[i].lock, NULL);
 		pthread_mutex_init(&vm->vcpu[i].snapshot_lock, NULL);
 	}
@@ -275,6 +282,9 @@ int vm_create(struct vm **created, const struct vmm_config *config, struct error
 		vm_destroy(vm, NULL);
 		return result;
 	}
+	/* Said only now: an error before would be one line of two. */
+	if (vm->engine_note[0])
+		terminal_say("hostel-vmm: %s\n", vm->engine_note);
 	*created = vm;
 	return 0;
 }

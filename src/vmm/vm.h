@@ -54,7 +54,8 @@ enum vm_event {
 	VM_EVENT_PANIC,	    /* the guest's kernel says so (pvpanic) */
 	VM_EVENT_FAILED,
 	VM_EVENT_LEFT,	  /* ended by the control socket, the console's user or a signal */
-	VM_EVENT_REMOVED, /* a device, when the guest has let go of it */
+	VM_EVENT_REMOVED, /* a device, a vCPU or a unit of memory, when the guest has let go of it */
+	VM_EVENT_REFUSED, /* to let go of it */
 };
 
 /* On the loop's thread. detail: the device's name or NULL; why: what failed or NULL. */
@@ -67,6 +68,7 @@ enum vcpu_call {
 	VCPU_CALL_STATISTICS = 4, /* tell the engine's counters */
 	VCPU_CALL_WAKE = 8,	  /* run on, whatever it waits for: the engine knows why */
 	VCPU_CALL_SNAPSHOT = 16,  /* copy the engine's counters to vcpu.snapshot */
+	VCPU_CALL_POWER = 32,	  /* plugged has changed: power-on state, or nothing to run any more */
 };
 
 struct vcpu {
@@ -83,6 +85,7 @@ struct vcpu {
 	bool awaits_startup;
 	uint8_t startup_vector;
 
+	atomic_bool plugged; /* written by the loop's thread; while false the thread sleeps and engine may be NULL */
 	bool started; /* the thread's own: has been given a place to run from */
 	unsigned boots; /* the thread's own: vm->boots when it was last powered on */
 
@@ -115,6 +118,7 @@ struct vm_net {
 struct vm {
 	const struct vmm_config *config;
 	const struct engine *engine;
+	char engine_note[700]; /* why auto did not take the first one; empty: it did */
 	struct guest_memory memory;
 	bool has_memory;
 	struct loop *loop;
@@ -160,7 +164,10 @@ struct vm {
 	bool paused;		  /* nothing runs until vm_resume() */
 	atomic_uint ejected;	  /* PCI slots that the guest has let go of */
 
-	unsigned cpus;
+	/* resize.c: what the guest has let go of or refused (bit n), by enum board_hotplug */
+	_Atomic uint64_t resize_gone[2], resize_refused[2];
+
+	unsigned cpus; /* that there can be; not all need be plugged */
 	struct vcpu vcpu[];
 };
 

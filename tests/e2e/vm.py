@@ -17,6 +17,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 CACHE = ROOT / "cache"
 VMM = os.environ.get("VMM") or str(ROOT / "build" / "hostel-vmm")
+ENGINE = os.environ.get("HOSTEL_TEST_ENGINE", "bt")  # what a test means that names none
 IS_QEMU = VMM.endswith("qemu-as-hostel")
 # Everything that waits is bounded; a slow machine can stretch the bounds.
 SLOW = float(os.environ.get("HOSTEL_TEST_SLOW", "1"))
@@ -47,7 +48,8 @@ class Vm:
         self.eof = False
         self.terminal = None
         self.errors = tempfile.TemporaryFile()
-        self.command = [*map(str, prefix), VMM, "--cpus", str(cpus), "--memory", str(memory), *map(str, arguments)]
+        engine = [] if IS_QEMU or "--engine" in arguments else ["--engine", ENGINE]
+        self.command = [*map(str, prefix), VMM, *engine, "--cpus", str(cpus), "--memory", str(memory), *map(str, arguments)]
         self.started = time.monotonic()
         environment = {**os.environ, **(environment or {})}
         if terminal:

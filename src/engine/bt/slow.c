@@ -909,7 +909,7 @@ static int do_state(struct bt_vcpu *v, struct slow_entry *e)
 	size = fx ? 512 : area_end(v, mask, compact);
 	header = (uint64_t *)(void *)(area + 512);
 	if (restore && !fx) {
-		if (bt_read_linear(v, linear + 512, header, 64, is_user(v)))
+		if (bt_read_linear(v, linear, area, 576, is_user(v)))
 			return BT_FAULT;
 		if ((privileged && !(header[1] >> 63)) || !is_good_header(header, v->xcr0))
 			return bt_raise_error(v, VECTOR_GP, 0);

@@ -12,6 +12,7 @@
 #include "vmm/console_tap.h"
 #include "vmm/control_internal.h"
 #include "vmm/hotplug.h"
+#include "vmm/resize.h"
 
 struct fake_vm fake;
 
@@ -52,6 +53,25 @@ void fake_vm_destroy(void)
 }
 
 /* ---- the machine ---- */
+
+void vm_size(struct vm *vm, struct vm_size *size)
+{
+	*size = (struct vm_size){.cpus = vm->cpus, .cpus_max = 4, .memory = vm->config->memory, .memory_max = 2ull << 30,
+		.memory_unit = 128 << 20};
+}
+
+int vm_set_cpus(struct vm *vm, unsigned wanted, struct error *err)
+{
+	if (wanted < 1 || wanted > 4)
+		return error_set(err, ERANGE, "%u vCPUs: give from 1 to 4", wanted);
+	vm->cpus = min(wanted, 2u); /* the others are not there in this fake */
+	return 0;
+}
+
+int vm_set_memory(struct vm *vm, uint64_t wanted, struct error *err)
+{
+	return wanted % (128 << 20) ? error_set(err, ERANGE, "memory: give steps of 128 MiB") : 0;
+}
 
 void vm_pause(struct vm *vm)
 {

@@ -148,7 +148,7 @@ static int play(unsigned cpus, bool exit_on_reset, void (*program)(struct engine
 	pthread_cond_init(&vm->resumed, NULL);
 	for (unsigned i = 0; i < cpus; i++) {
 		stage.vcpu[i].cpu = i;
-		vm->vcpu[i] = (struct vcpu){.vm = vm, .index = i, .engine = &stage.vcpu[i], .awaits_startup = i > 0};
+		vm->vcpu[i] = (struct vcpu){.vm = vm, .index = i, .engine = &stage.vcpu[i], .awaits_startup = i > 0, .plugged = true};
 		pthread_mutex_init(&vm->vcpu[i].lock, NULL);
 	}
 	assert_int_equal(loop_create(&vm->loop, NULL), 0);

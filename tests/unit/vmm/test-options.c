@@ -55,7 +55,10 @@ static void test_defaults(void **state)
 	assert_null(c.engine);
 	assert_ptr_equal(c.cpu, &host);
 	assert_int_equal(c.cpus, 1);
+	assert_int_equal(c.cpus_max, 1);
+	assert_false(c.cpus_change);
 	assert_int_equal(c.memory, 512 << 20);
+	assert_int_equal(c.memory_max, 512 << 20);
 	assert_string_equal(c.kernel, "k");
 	assert_null(c.initrd);
 	assert_string_equal(c.cmdline, "console=ttyS0");
@@ -63,6 +66,24 @@ static void test_defaults(void **state)
 	assert_int_equal(c.nets, 0);
 	assert_int_equal(c.serial, VMM_SERIAL_STDIO);
 	assert_false(c.exit_on_reset);
+	vmm_config_free(&c);
+}
+
+static void test_room_to_grow(void **state)
+{
+	struct vmm_config c;
+	struct error err;
+
+	assert_int_equal(parse(&c, "--kernel k --cpus 2,max=8 --memory 1G,max=4G", &err), 0);
+	assert_int_equal(c.cpus, 2);
+	assert_int_equal(c.cpus_max, 8);
+	assert_true(c.cpus_change);
+	assert_int_equal(c.memory, 1ull << 30);
+	assert_int_equal(c.memory_max, 4ull << 30);
+	vmm_config_free(&c);
+	assert_int_equal(parse(&c, "--kernel k --cpus 3 --memory 1G", &err), 0);
+	assert_int_equal(c.cpus_max, 3);
+	assert_int_equal(c.memory_max, 1ull << 30);
 	vmm_config_free(&c);
 }
 
@@ -162,6 +183,13 @@ static void test_bad(void **state)
 		{"--probe=xml", "xml", "--probe=json"},
 		{"--kernel k --cpus 0", "--cpus 0", "1 to 64"},
 		{"--kernel k --cpus 65", "--cpus 65", "1 to 64"},
+		{"--kernel k --cpus 4,max=2", "--cpus 4,max=2", "less than"},
+		{"--kernel k --cpus 4,max=65", "max=65", "1 to 64"},
+		{"--kernel k --cpus 4,most=8", "most=8", "1 to 64"},
+		{"--kernel k --memory 2G,max=1G", "max=1G", "256G"},
+		{"--kernel k --memory 2G,max=300G", "max=300G", "256G"},
+		{"--kernel k --memory 2G,most=3G", "most=3G", "SIZE,max=SIZE"},
+		{"--kernel k --memory 2G,max=x", "max=", "x"},
 		{"--kernel k --cpus -1", "--cpus -1", "1 to 64"},
 		{"--kernel k --cpus 2x", "--cpus 2x", "1 to 64"},
 		{"--kernel k --cpus 99999999999999999999999", "--cpus 999", "1 to 64"},
@@ -239,6 +267,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_defaults),
+		cmocka_unit_test(test_room_to_grow),
 		cmocka_unit_test(test_everything),
 		cmocka_unit_test(test_good),
 		cmocka_unit_test(test_bad),
