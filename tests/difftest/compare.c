@@ -221,6 +221,10 @@ static uint64_t ignored_flags(
 		if (i.info.meta.category == ZYDIS_CATEGORY_STRINGOP) /* of which element, is not said */
 			ignored |= FLAGS_ARITHMETIC;
 	}
+	/* a return address that was changed leads into the middle of an instruction: what comes then is not known here */
+	if (options->lax_fault_flags && at < 0 && native->vector != 3 && native->state.rip > t->code_address &&
+		native->state.rip < t->code_address + t->offset[t->instructions - 1])
+		ignored |= FLAGS_ARITHMETIC;
 	if (options->lax_fault_flags && at >= 0)
 		ignored |= dead_flags(t, at, FLAGS_ARITHMETIC, 64);
 	return ignored;
