@@ -26,7 +26,7 @@ enum { F_STATS = 1, F_DEFLATE_ON_OOM = 2, F_REPORTING = 5 }; /* 5.5.3 */
 struct balloon_config { /* struct virtio_balloon_config, 5.5.4, without what is not offered */
 	uint32_t num_pages;
 	uint32_t actual;
-};
+} __attribute__((packed));
 
 struct statistic { /* struct virtio_balloon_stat, 5.5.6.3 */
 	uint16_t tag;
