@@ -74,7 +74,7 @@ static int close_descriptors(const struct vmm_config *config, struct error *err)
 	for (unsigned i = 0; i < inherited.count; i++)
 		close(inherited.fd[i]);
 	inherited.count = 0;
-	if (config->serial != VMM_SERIAL_STDIO && (dup2(null, STDIN_FILENO) < 0 || dup2(null, STDOUT_FILENO) < 0))
+	if (config->serial != VMM_SERIAL_STDIO && !(config->has_hvc && config->hvc == VMM_SERIAL_STDIO) && (dup2(null, STDIN_FILENO) < 0 || dup2(null, STDOUT_FILENO) < 0))
 		return error_errno(err, "--jail: /dev/null as standard input and output");
 	return 0;
 }
@@ -177,21 +177,63 @@ static int copy_resolv_conf(struct error *err)
 	return 0;
 }
 
+/* A guest that connects to the host by vsock does so to a socket beside --vsock's own. Its folder, read-only and at its own
+ * path, is all of the host's files that is left: and of those only sockets that this id may write to answer. It is opened
+ * before the empty root hides it. */
+static int open_socket_folder(int *fd, const char *path, char folder[PATH_MAX], struct error *err)
+{
+	char *end;
+
+	if (path[0] != '/' || strlen(path) >= PATH_MAX - 1 || strstr(path, "/../"))
+		return error_set(err, EINVAL, "--vsock %s: in a jail give an absolute path, without '..'", path);
+	snprintf(folder, PATH_MAX, "%s", path);
+	end = strrchr(folder, '/');
+	if (end == folder)
+		return error_set(err, EINVAL, "--vsock %s: in a jail the socket needs a folder of its own", path);
+	*end = '\0';
+	*fd = open(folder, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	return *fd < 0 ? error_errno(err, "--vsock %s: opening its folder", path) : 0;
+}
+
+static int bind_socket_folder(int fd, const char *folder, struct error *err)
+{
+	char path[PATH_MAX], source[32];
+
+	for (const char *at = folder; at; at = strchr(at + 1, '/')) {
+		const char *next = strchr(at + 1, '/');
+
+		snprintf(path, sizeof(path), ".%.*s", next ? (int)(next - folder) : (int)strlen(folder), folder);
+		if (mkdir(path, 0755) < 0 && errno != EEXIST)
+			return error_errno(err, "--vsock: making %s in the empty root", folder);
+	}
+	snprintf(source, sizeof(source), "/proc/self/fd/%d", fd);
+	if (mount(source, path, NULL, MS_BIND, NULL) < 0 ||
+		mount(NULL, path, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0)
+		return error_errno(err, "--vsock: showing %s in the jail", folder);
+	return 0;
+}
+
 /* An empty file system, read-only, without device nodes, programs or set-user-id bits, in place of the host's. It is
  * mounted over any folder: the mount namespace is ours, and the old root with the folder goes (pivot_root(2), "." twice). */
-static int empty_root(bool user_net, struct error *err)
+static int empty_root(bool user_net, const char *vsock, struct error *err)
 {
 	const unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
-	int result = 0;
+	char folder[PATH_MAX];
+	scope_fd int folder_fd = -1;
+	int result = vsock ? open_socket_folder(&folder_fd, vsock, folder, err) : 0;
 
+	if (result < 0)
+		return result;
 	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
 		return error_errno(err, "--jail: keeping mounts to itself");
-	if (mount("hostel-jail", "/tmp", "tmpfs", flags, "size=64k,nr_inodes=8,mode=0755") < 0)
+	if (mount("hostel-jail", "/tmp", "tmpfs", flags, "size=64k,nr_inodes=64,mode=0755") < 0)
 		return error_errno(err, "--jail: mounting the empty root over /tmp");
 	if (chdir("/tmp") < 0)
 		return error_errno(err, "--jail: entering the empty root");
 	if (user_net)
 		result = copy_resolv_conf(err);
+	if (result == 0 && vsock)
+		result = bind_socket_folder(folder_fd, folder, err);
 	if (result < 0)
 		return result;
 	if (mount(NULL, ".", NULL, MS_REMOUNT | MS_RDONLY | flags, NULL) < 0)
@@ -251,22 +293,24 @@ static int drop_rights(uint32_t id, struct error *err)
 
 static int enter(struct jail *jail, const struct vmm_config *config, unsigned threads, struct error *err)
 {
+	unsigned with = config->vsock_path ? CALLED_WITH_VSOCK : 0;
 	bool user_net = false;
 	int result;
 
 	for (unsigned i = 0; i < config->nets; i++)
 		user_net = user_net || !strncmp(config->net[i].spec, "user", 4);
+	with |= user_net ? CALLED_WITH_USER_NET : 0;
 	/* libc reads the time zone's file the first time that it makes a date, of UTC too; the CMOS clock makes dates. */
 	tzset();
 	result = close_descriptors(config, err);
 	for (unsigned kind = 0; kind < THREAD_KINDS && result == 0; kind++)
-		result = seccomp_compile(&jail->filter[kind], kind, user_net, err);
+		result = seccomp_compile(&jail->filter[kind], kind, with, err);
 	if (result == 0)
 		result = enter_namespaces(user_net, err);
 	if (result == 0)
 		result = set_limits(config, threads, user_net, err);
 	if (result == 0)
-		result = empty_root(user_net, err);
+		result = empty_root(user_net, config->vsock_path, err);
 	if (result == 0)
 		result = drop_rights(config->jail_first, err);
 	return result;

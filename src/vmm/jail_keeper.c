@@ -117,6 +117,12 @@ static void handled_signals(sigset_t *set)
 		sigaddset(set, numbers[i]);
 }
 
+static void remove_socket(const char *path)
+{
+	if (path)
+		console_remove_stale(path);
+}
+
 /* ---- the fork ---- */
 
 int jail_fork(struct vmm_config *config, enum jail_role *role, int *exit_status, struct error *err)
@@ -153,10 +159,10 @@ int jail_fork(struct vmm_config *config, enum jail_role *role, int *exit_status,
 	prctl(PR_SET_NAME, "hostel-keeper");
 	*role = JAIL_KEEPER;
 	*exit_status = keep(&k, &handled);
-	/* What the VM cannot do in there: a socket's file is removed by a path. */
-	if (config->serial == VMM_SERIAL_SOCKET)
-		console_remove_stale(config->serial_path);
-	if (config->control)
-		console_remove_stale(config->control);
+	/* What the VM cannot do in there: a socket's file is removed by its path. */
+	remove_socket(config->serial == VMM_SERIAL_SOCKET ? config->serial_path : NULL);
+	remove_socket(config->has_hvc && config->hvc == VMM_SERIAL_SOCKET ? config->hvc_path : NULL);
+	remove_socket(config->control);
+	remove_socket(config->vsock_path);
 	return 0;
 }

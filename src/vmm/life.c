@@ -13,6 +13,7 @@
 #include "vmm/hotplug.h"
 #include "vmm/terminal.h"
 
+#define TOLD_TWICE 200000000ull /* ns within which a signal may arrive by two ways */
 #define SETTLE_PERIOD 500000 /* ns between looks at devices that have something in flight */
 
 /* ---- stopping and resuming ---- */
@@ -248,11 +249,16 @@ static void signal_arrived(void *opaque, int fd, uint32_t events)
 			vcpu_call(&vm->vcpu[i], VCPU_CALL_STATISTICS);
 		break;
 	default:
+		/* Where a whole process group is told, a jail's keeper and VM both are, and the keeper passes it on: that is
+		 * one wish and not two. */
+		if (vm->signal && vm->config->jail && clock_now() - vm->signalled < TOLD_TWICE)
+			break;
 		if (vm->signal) { /* the second: whoever sends it does not want to wait */
 			terminal_restore();
 			_exit(128 + (int)info.ssi_signo);
 		}
 		vm->signal = (int)info.ssi_signo;
+		vm->signalled = clock_now();
 		vm_stop(vm, VM_CAUSE_LEAVE, NULL);
 	}
 }

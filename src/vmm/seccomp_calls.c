@@ -7,6 +7,7 @@
 #include "vmm/seccomp_filter.h"
 
 #include <asm/prctl.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <netinet/in.h>
@@ -23,6 +24,7 @@
 #define WORKER (1u << THREAD_WORKER)
 #define ALL (MAIN | VCPU | WORKER)
 #define USER_NET (MAIN | CALLED_WITH_USER_NET)
+#define VSOCK (MAIN | CALLED_WITH_VSOCK)
 
 #define CALL(name) SCMP_SYS(name)
 #define ANY 0, {{0}}
@@ -119,6 +121,13 @@ const struct seccomp_call seccomp_calls[] = {
 	{CALL(recvfrom), MAIN | WORKER, ANY, "a client's input"},
 	{CALL(sendmsg), MAIN, ANY, "a client's output"},
 	{CALL(recvmsg), MAIN, ANY, "a client's input"},
+
+	{CALL(unlink), MAIN, ANY, "a socket's file at the end: refused, the keeper does it", EROFS},
+
+	/* ---- a guest that connects to the host by vsock: the root then holds the folder of --vsock's socket ---- */
+	{CALL(socket), VSOCK, IS_AND(0, AF_UNIX, 1, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK),
+		"the host's end of a stream"},
+	{CALL(connect), VSOCK, ANY, "to PATH_PORT"},
 
 	/* ---- user-mode networking makes the guest's connections from this process, so it needs the host's network and
 	 * sockets of it: Internet ones only, and no raw ones ---- */

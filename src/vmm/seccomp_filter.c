@@ -27,15 +27,17 @@ static __thread const char *kind_name = "unconfined";
 
 /* ---- from list to program ---- */
 
-static int add_calls(scmp_filter_ctx filter, enum thread_kind kind, bool user_net, struct error *err)
+static int add_calls(scmp_filter_ctx filter, enum thread_kind kind, unsigned with, struct error *err)
 {
 	for (unsigned i = 0; i < seccomp_calls_count; i++) {
 		const struct seccomp_call *c = &seccomp_calls[i];
+		unsigned needed = c->by & (CALLED_WITH_USER_NET | CALLED_WITH_VSOCK);
 		int code;
 
-		if (!(c->by & 1u << kind) || ((c->by & CALLED_WITH_USER_NET) && !user_net))
+		if (!(c->by & 1u << kind) || (needed & with) != needed)
 			continue;
-		code = seccomp_rule_add_array(filter, SCMP_ACT_ALLOW, c->number, c->conditions, c->condition);
+		code = seccomp_rule_add_array(filter, c->error ? SCMP_ACT_ERRNO(c->error) : SCMP_ACT_ALLOW, c->number,
+			c->conditions, c->condition);
 		/* The same call without conditions from another line is no error. */
 		if (code < 0 && code != -EEXIST)
 			return error_set(err, -code, "jail: the filter's line of system call %d: %s", c->number,
@@ -65,7 +67,7 @@ static int export(scmp_filter_ctx filter, struct sock_fprog *program, struct err
 	return 0;
 }
 
-int seccomp_compile(struct sock_fprog *program, enum thread_kind kind, bool user_net, struct error *err)
+int seccomp_compile(struct sock_fprog *program, enum thread_kind kind, unsigned with, struct error *err)
 {
 	/* A trap and not an error: nothing here is ready to go on without a call that it makes, and what makes others
 	 * is a guest that has broken out. */
@@ -79,7 +81,7 @@ int seccomp_compile(struct sock_fprog *program, enum thread_kind kind, bool user
 	seccomp_attr_set(filter, SCMP_FLTATR_ACT_BADARCH, SCMP_ACT_TRAP);
 	/* A tree instead of a chain: the lists are long, and vCPUs sleep and wake often. */
 	seccomp_attr_set(filter, SCMP_FLTATR_CTL_OPTIMIZE, 2);
-	result = add_calls(filter, kind, user_net, err);
+	result = add_calls(filter, kind, with, err);
 	if (result == 0)
 		result = export(filter, program, err);
 	seccomp_release(filter);

@@ -154,6 +154,7 @@ struct vm {
 	atomic_uint phase; /* enum vm_phase; written under the lock, read anywhere */
 	enum vm_cause cause;
 	int signal;	    /* which ended it, or 0 */
+	uint64_t signalled; /* clock_now() when it came */
 	struct error error; /* why it failed */
 	unsigned parked, resumes;
 	unsigned boots; /* power-ons and resets */
