@@ -11,6 +11,15 @@ static void room_on_loop(struct loop_timer *timer)
 	net->ops->room(net);
 }
 
+int net_check(const char *spec, struct error *err)
+{
+	if (strncmp(spec, "tap=", 4) == 0)
+		return net_tap_check(spec + 4, err);
+	if (strncmp(spec, "user", 4) == 0 && (spec[4] == ',' || !spec[4]))
+		return net_user_check(spec + 4, err);
+	return error_set(err, EINVAL, "net \"%s\": give \"user\" or \"tap=NAME\"", spec);
+}
+
 int net_open(struct net **out, const char *spec, struct loop *loop, struct error *err)
 {
 	int ret;

@@ -41,6 +41,8 @@ typedef bool net_receive_function(void *opaque, const uint8_t *frame, size_t len
 
 /* spec: "user[,forward=tcp|udp:ADDR:PORT-[GUESTADDR]:PORT]...[,mtu=N]" or "tap=NAME[,queues=N]"; the mac option has been
  * taken out by the caller. Runs on loop. Errors name the part that is wrong and the remedy. */
+/* 0 when spec is well formed, whatever the host says to it later. */
+int net_check(const char *spec, struct error *err);
 int net_open(struct net **net, const char *spec, struct loop *loop, struct error *err);
 /* On the loop's thread, or when the loop no longer runs. NULL is allowed. */
 void net_close(struct net *net);

@@ -24,6 +24,8 @@ struct net {
 
 /* options: what follows "user" or "tap=" in the specification. */
 int net_user_open(struct net **net, const char *options, struct loop *loop, struct error *err);
+int net_tap_check(const char *options, struct error *err);
+int net_user_check(const char *options, struct error *err);
 int net_tap_open(struct net **net, const char *options, struct loop *loop, struct error *err);
 
 /* false: keep the frame until ops->room is called. */

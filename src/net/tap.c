@@ -179,6 +179,14 @@ static int parse(const char *options, char name[IFNAMSIZ], unsigned *queues, str
 	return 0;
 }
 
+int net_tap_check(const char *options, struct error *err)
+{
+	char name[IFNAMSIZ] = "";
+	unsigned queues;
+
+	return parse(options, name, &queues, err);
+}
+
 static int open_queue(struct net **net, const char *name, unsigned queues, struct loop *loop, struct error *err)
 {
 	struct tap *tap = calloc(1, sizeof(*tap));

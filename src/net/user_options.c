@@ -127,3 +127,10 @@ int user_forward(Slirp *slirp, const struct user_forward *f, struct error *err)
 	}
 	return error_errno(err, "net user: forward: %s port %u on %s", protocol, f->host_port, host);
 }
+
+int net_user_check(const char *options, struct error *err)
+{
+	struct user_options o = {0};
+
+	return user_parse(&o, options, err);
+}

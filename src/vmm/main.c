@@ -15,7 +15,14 @@
 
 static int complain(const struct error *err, int status)
 {
-	terminal_say("hostel-vmm: %s\n", err->text);
+	char line[sizeof(err->text)];
+	size_t n = 0;
+
+	/* A name given by the user may hold anything; a message is one line and does nothing to a terminal. */
+	for (; err->text[n]; n++)
+		line[n] = (unsigned char)err->text[n] < ' ' || err->text[n] == 0x7f ? '?' : err->text[n];
+	line[n] = '\0';
+	terminal_say("hostel-vmm: %s\n", line);
 	return status;
 }
 

@@ -1,4 +1,5 @@
 /* hostel-vmm's command line. Every option is one line of the table at the end, which also makes --help. */
+#include "net/net.h"
 #include "vmm/options.h"
 
 #include <stdlib.h>
@@ -263,7 +264,7 @@ static int parse_net(struct vmm_config *config, const char *value, struct error 
 			"--net %s: give user[,forward=tcp:ADDR:PORT-:PORT]... or tap=NAME, and "
 			"mac=MAC behind it",
 			value);
-	return 0;
+	return net_check(net->spec, err) < 0 ? error_wrap(err, "--net %s", value) : 0;
 }
 
 static int parse_serial(struct vmm_config *config, const char *value, struct error *err)
