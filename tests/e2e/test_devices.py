@@ -147,7 +147,8 @@ def test_virtio_console(tmp_path):
         s.connect(str(path))
         data = os.urandom(40000)
         # Kept open: its settings end with the last descriptor.
-        run(v, "exec 3<>/dev/hvc0; stty raw -echo <&3 && { (head -c 40000 <&3 | md5sum >/tmp/sum; echo GO''T) & }")
+        run(v, "exec 3<>/dev/hvc0; stty raw -echo <&3")
+        v.send("head -c 40000 <&3 | md5sum >/tmp/sum; echo GO''T\n")
         s.sendall(data)
         v.expect(r"^GOT$", 60)
         assert run(v, "cut -c1-32 /tmp/sum") == hashlib.md5(data).hexdigest()
