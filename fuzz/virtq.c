@@ -1,6 +1,7 @@
 /* Fuzzer of the virtqueue parser and of the devices behind it. The input is guest memory with its rings in it, after a
  * short header that says which device, which features, and what accesses to the device's registers the guest makes once
- * the queues run. The net device has a back end that answers every frame; the disk is a real raw one in memory.
+ * the queues run. The net device has a back end that answers every frame; the disk is a real raw one in memory; vsock has
+ * a program that listens at port 1 and one that connects to port 3.
  */
 #include <fcntl.h>
 #include <stdint.h>
@@ -8,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "../tests/unit/virtio/driver.h"
@@ -21,13 +24,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n);
 
 #define MEMORY (1u << 20)
 #define DISK_SIZE (256u << 10)
-#define DEVICES 3    /* at slots 1 to 3: blk, net, rng */
+enum { BLK, NET, RNG, BALLOON, VSOCK, CONSOLE, DEVICES }; /* at slots 1 and up */
 #define RINGS 0x100u /* queue i: descriptors here times i, the available ring 0x80 behind them */
 #define USED 0x4000u
 
 static struct board board;
 static struct disk *disk;
 static struct virtio_device *devices[DEVICES];
+static const unsigned queue_counts[DEVICES] = {1, 2, 1, 5, 3, 2};
+static char vsock_path[64];
+static int vsock_listener, vsock_server; /* of the device, and of a program on the host */
+static int vsock_ends[4] = {-1, -1, -1, -1};
 static struct driver drivers[DEVICES];
 
 static void must(bool holds, const char *what)
@@ -97,6 +104,42 @@ void net_set_offloads(struct net *net, struct net_offloads offloads)
 
 /* ---- the machine, made once ---- */
 
+/* A socket at the device's path and what is behind it: one that listens, or one that has connected. */
+static int vsock_socket(const char *behind, bool connects)
+{
+	struct sockaddr_un a = {.sun_family = AF_UNIX};
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
+
+	snprintf(a.sun_path, sizeof(a.sun_path), "%s%s", vsock_path, behind);
+	if (connects) {
+		if (connect(fd, (struct sockaddr *)&a, sizeof(a)) == 0)
+			return fd;
+		close(fd);
+		return -1;
+	}
+	must(bind(fd, (struct sockaddr *)&a, sizeof(a)) == 0 && listen(fd, 64) == 0, "vsock's socket");
+	return fd;
+}
+
+static void remove_sockets(void)
+{
+	char command[100];
+
+	snprintf(command, sizeof(command), "rm -r %.*s", (int)strlen(vsock_path) - 2, vsock_path);
+	if (system(command) != 0)
+		perror(command);
+}
+
+static void set_up_vsock(void)
+{
+	strcpy(vsock_path, "/tmp/hostel-fuzz-XXXXXX");
+	must(mkdtemp(vsock_path), "folder");
+	strcat(vsock_path, "/v");
+	atexit(remove_sockets);
+	vsock_listener = vsock_socket("", false);
+	vsock_server = vsock_socket("_1", false);
+}
+
 static void set_up(void)
 {
 	struct virtio_blk_options blk = {.queues = 1, .serial = "fuzz"};
@@ -108,9 +151,16 @@ static void set_up(void)
 
 	must(fd >= 0 && ftruncate(fd, DISK_SIZE) == 0 && board_of_test_create(&board, MEMORY) == 0, "set-up");
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	set_up_vsock();
+	struct virtio_vsock_options vsock = {.cid = 3, .listener = vsock_listener, .path = vsock_path};
+	struct virtio_balloon_options balloon = {.target = 4096};
+
 	must(disk_open(&disk, path, &raw, &err) == 0 && virtio_blk_create(&devices[0], &board, disk, &blk, &err) == 0 &&
 			virtio_net_create(&devices[1], &board, &back_end, &net, &err) == 0 &&
-			virtio_rng_create(&devices[2], &board, &err) == 0,
+			virtio_rng_create(&devices[2], &board, &err) == 0 &&
+			virtio_balloon_create(&devices[3], &board, &balloon, &err) == 0 &&
+			virtio_vsock_create(&devices[4], &board, &vsock, &err) == 0 &&
+			virtio_console_create(&devices[5], &board, &err) == 0,
 		err.text);
 	close(fd);
 	for (unsigned i = 0; i < DEVICES; i++)
@@ -122,11 +172,40 @@ static void stop_loop(void *opaque)
 	loop_stop(board.loop);
 }
 
+/* The programs at the host's end of vsock take what connects, say something and go after a while. */
+static void serve_vsock(void)
+{
+	static unsigned turn;
+	int fd;
+
+	while ((fd = accept4(vsock_server, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
+		must(write(fd, "hello, guest", 12) == 12, "vsock");
+		close(vsock_ends[turn % 4]);
+		vsock_ends[turn++ % 4] = fd;
+	}
+	if (turn % 3 == 0) {
+		fd = vsock_socket("", true);
+		if (fd >= 0 && write(fd, "CONNECT 3\nfirst words", 21) == 21) {
+			close(vsock_ends[turn % 4]);
+			vsock_ends[turn % 4] = fd;
+		}
+	}
+	turn++;
+}
+
 /* Lets all that has been asked for happen. */
 static void serve(unsigned which)
 {
-	if (which == 0)
-		virtio_blk_serve(devices[0], 0);
+	struct virtio_balloon_state state;
+
+	if (which == BLK)
+		virtio_blk_serve(devices[BLK], 0);
+	if (which == VSOCK)
+		serve_vsock();
+	if (which == BALLOON)
+		virtio_balloon_get(devices[BALLOON], &state);
+	if (which == CONSOLE)
+		virtio_console_input(devices[CONSOLE], (const uint8_t *)"typed", 5);
 	loop_post(board.loop, stop_loop, NULL);
 	loop_run(board.loop); /* what is due runs before the stop */
 	if (back_end.room && back_end.receive)
@@ -186,9 +265,9 @@ static void do_step(struct driver *d, const struct step *s)
 		pci_config_read(board.pci, d->slot, 0, d->window + offset % 24, min(size, 4u));
 		break;
 	case 4: /* the guest adds to its ring and notifies */
-		driver_write(d, d->notify + offset % 3 * d->notify_multiplier, 2, 0);
-		memory_write(&board.memory, RINGS * (offset % 3) + 0x82, &s->value, 2);
-		driver_write(d, d->notify + offset % 3 * d->notify_multiplier, 2, 0);
+		driver_write(d, d->notify + offset % 5 * d->notify_multiplier, 2, 0);
+		memory_write(&board.memory, RINGS * (offset % 5) + 0x82, &s->value, 2);
+		driver_write(d, d->notify + offset % 5 * d->notify_multiplier, 2, 0);
 		break;
 	}
 }
@@ -210,7 +289,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 	n -= sizeof(h);
 	h.steps = min((size_t)(h.steps & 15), n / sizeof(s));
 	which = h.device % DEVICES;
-	queues = which == 1 ? 2 : 1;
+	queues = queue_counts[which];
 
 	struct driver *d = &drivers[which];
 	const uint8_t *steps = bytes;
