@@ -91,6 +91,8 @@ void virtq_stop(struct virtq *q)
 	q->desc = NULL;
 	q->avail = NULL;
 	q->used = NULL;
+	/* What a device had not told yet when its queue was stopped it will never tell. */
+	q->next_avail = q->next_used = q->published = 0;
 }
 
 /* ---- taking chains ---- */

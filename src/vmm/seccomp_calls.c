@@ -98,6 +98,7 @@ const struct seccomp_call seccomp_calls[] = {
 	{CALL(arch_prctl), VCPU, IS(0, ARCH_SET_GS), "engine bt finds its vCPU by gs"},
 	{CALL(getrandom), ALL, ANY, "virtio-rng; libc's allocator"},
 	{CALL(sched_getaffinity), ALL, ANY, "libc's allocator: how many arenas"},
+	{CALL(sysinfo), ALL, ANY, "libc's qsort() asks how much memory there is"},
 
 	/* ---- memory: never executable, whatever it is backed by. The translator's two views of its code cache, one
 	 * written and one run, were mapped before ---- */
