@@ -9,6 +9,7 @@
 #include <asm/prctl.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/if_tun.h>
 #include <linux/kvm.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -124,6 +125,10 @@ const struct seccomp_call seccomp_calls[] = {
 	{CALL(recvmsg), MAIN, ANY, "a client's input"},
 
 	{CALL(unlink), MAIN, ANY, "a socket's file at the end: refused, the keeper does it", EROFS},
+
+	/* ---- a tap: what a guest's driver takes, and how many of its queues ---- */
+	{CALL(ioctl), MAIN, IS(1, TUNSETOFFLOAD), "tap: checksums and segments that the guest takes as they are"},
+	{CALL(ioctl), MAIN, IS(1, TUNSETQUEUE), "tap: a queue of it is used, or no longer"},
 
 	/* ---- a guest that connects to the host by vsock: the root then holds the folder of --vsock's socket ---- */
 	{CALL(socket), VSOCK, IS_AND(0, AF_UNIX, 1, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK),
