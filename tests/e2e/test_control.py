@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import socket
-import threading
 import time
 
 import pytest
@@ -22,7 +21,7 @@ class Error(Exception):
 
 
 class Control:
-    """A client; remembers the slowest answer."""
+    """A client; remembers how long each answer took."""
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
@@ -38,7 +37,7 @@ class Control:
         self.socket.settimeout(20)
         self.stream = self.socket.makefile("rwb", 0)
         self.count = 0
-        self.slowest = 0
+        self.times = []
         self.events = []
 
     def receive(self):
@@ -55,7 +54,7 @@ class Control:
             if "id" in answer:
                 break
             self.events.append(answer)
-        self.slowest = max(self.slowest, (time.monotonic() - began) * 1000)
+        self.times.append(((time.monotonic() - began) * 1000, method))
         assert answer["id"] == self.count
         if "error" in answer:
             raise Error(answer["error"])
@@ -82,33 +81,14 @@ class Control:
         self.socket.close()
 
 
-class Delays:
-    """How late this machine wakes a process that sleeps, at worst: what an answer owes to other work on it."""
-
-    def __init__(self):
-        self.worst = 0
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.measure, daemon=True)
-
-    def measure(self):
-        while not self.stop.is_set():
-            began = time.monotonic()
-            time.sleep(0.002)
-            self.worst = max(self.worst, (time.monotonic() - began) * 1000 - 2)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stop.set()
-        self.thread.join()
-
-
-def check_slowest(control, delays):
-    # Twice: a request and its answer are a wake-up each.
-    limit = ANSWER_MS * vm.SLOW + 2 * delays.worst
-    assert control.slowest < limit, f"an answer took {control.slowest:.0f} ms; this machine's own delays: {delays.worst:.0f} ms"
+def check_times(control):
+    """Answers come within 100 ms. A machine with more work than processors wakes the client or us late now and then: one
+    answer in fifty may be late for that, by no more than a second."""
+    late = [(ms, method) for ms, method in control.times if ms >= ANSWER_MS * vm.SLOW]
+    slowest = max(control.times)
+    assert len(late) <= len(control.times) / 50 and slowest[0] < 1000 * vm.SLOW, \
+        f"{len(late)} of {len(control.times)} answers took longer than {ANSWER_MS} ms; the slowest: {slowest}"
+    return slowest
 
 
 @pytest.mark.quick
@@ -116,7 +96,7 @@ def test_life(tmp_path):
     """State, pause, resume, reset, power button, console; the events of each; the socket file goes away."""
     path = tmp_path / "control"
     with vm.guest("cloud", "vmlinux", "shell", arguments=["--control", path, "--serial", "none"], cpus=2) as v, \
-            Control(path) as c, Control(path) as console, Delays() as delays:
+            Control(path) as c, Control(path) as console:
         assert c.call("events")["state"] == "running"
         console.call("console-attach")
         text = read_until(console.socket, b"GUEST READY")
@@ -147,7 +127,7 @@ def test_life(tmp_path):
         c.event("power-off")
         assert v.wait(20) == 0
         assert not path.exists()
-        check_slowest(c, delays)
+        check_times(c)
 
 
 def read_until(stream, wanted, timeout=60):
@@ -196,7 +176,7 @@ def test_busy_guest_answers_in_time(tmp_path):
     path, disk = tmp_path / "control", tmp_path / "disk"
     disk.write_bytes(bytes(64 << 20))
     with vm.guest("cloud", "vmlinux", "shell", arguments=["--control", path, "--disk", f"{disk},format=raw"], cpus=2) as v, \
-            Control(path) as c, Delays() as delays:
+            Control(path) as c:
         v.expect("GUEST READY")
         c.call("events")
         v.send("(while :; do dd if=/dev/urandom of=/dev/vda bs=64k count=100 conv=fsync 2>/dev/null; done) &\n")
@@ -213,7 +193,7 @@ def test_busy_guest_answers_in_time(tmp_path):
         assert c.call("statistics")["devices"]["disk0"]["counters"]["delays"] > 0
         c.call("quit")
         assert v.wait(20) == 0
-        check_slowest(c, delays)
+        check_times(c)
 
 
 def test_rounds_under_load(tmp_path):
@@ -225,11 +205,11 @@ def test_rounds_under_load(tmp_path):
     digest = hashlib.md5(hot.read_bytes()).hexdigest()
     with vm.ChecksumServer() as server, \
             vm.guest("cloud", "vmlinux", "shell", cpus=2, arguments=[
-                "--control", path, "--disk", f"{disk},format=raw", "--net", "user,mtu=16000"]) as v, Control(path) as c, \
-            Delays() as delays:
+                "--control", path, "--disk", f"{disk},format=raw", "--net", "user,mtu=16000"]) as v, Control(path) as c:
         v.expect("GUEST READY")
         c.call("events")
-        v.send("stty -echo; mount -t ext4 /dev/vda /mnt; echo REA''DY\n")
+        # Of the kernel's messages only warnings and worse, so that they do not tear the lines looked for here.
+        v.send("PS1=; stty -echo; dmesg -n 5; mount -t ext4 /dev/vda /mnt; echo REA''DY\n")
         v.expect("READY$")
         # The jobs sleep at their end: busybox's shell takes the end of one for the end of its input.
         v.send("(while [ ! -e /tmp/stop ]; do checks pattern write /mnt/p 8388608 && sync && "
@@ -278,8 +258,8 @@ def test_rounds_under_load(tmp_path):
         v.send("umount /mnt; poweroff -f\n")
         assert v.wait(30) == 0
         v.check_kernel_log()
-        check_slowest(c, delays)
-        print(f"{ROUNDS} rounds in {seconds:.0f} s, slowest answer {c.slowest:.1f} ms; {dict(ended)} passes; "
+        check_times(c)
+        print(f"{ROUNDS} rounds in {seconds:.0f} s, slowest answer {check_times(c)}; {dict(ended)} passes; "
               f"{counters['disk0']['counters']}, {counters['net0']['counters']}")
     vm.check_ext4(disk)
 
@@ -290,7 +270,7 @@ def test_limits(tmp_path):
     disk.write_bytes(bytes(64 << 20))
     with vm.ChecksumServer() as server, \
             vm.guest("cloud", "vmlinux", "shell", arguments=[
-                "--control", path, "--disk", f"{disk},format=raw,bandwidth=8M:1M", "--net", "user,mtu=16000"]) as v, Control(path) as c, Delays() as delays:
+                "--control", path, "--disk", f"{disk},format=raw,bandwidth=8M:1M", "--net", "user,mtu=16000"]) as v, Control(path) as c:
         v.expect("GUEST READY")
 
         def seconds(command):
@@ -312,4 +292,4 @@ def test_limits(tmp_path):
         took = seconds(f"checks net 10.0.2.2 {server.port} 4194304")  # up and down, each at that rate
         assert 1.6 < took < 5, f"4 MiB each way at 4 MiB a second took {took} s"
         assert not server.problems
-        check_slowest(c, delays)
+        check_times(c)
