@@ -4,6 +4,7 @@
  * a program that listens at port 1 and one that connects to port 3.
  */
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -136,6 +137,7 @@ static void set_up_vsock(void)
 	must(mkdtemp(vsock_path), "folder");
 	strcat(vsock_path, "/v");
 	atexit(remove_sockets);
+	signal(SIGPIPE, SIG_IGN);
 	vsock_listener = vsock_socket("", false);
 	vsock_server = vsock_socket("_1", false);
 }
@@ -179,7 +181,8 @@ static void serve_vsock(void)
 	int fd;
 
 	while ((fd = accept4(vsock_server, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
-		must(write(fd, "hello, guest", 12) == 12, "vsock");
+		if (write(fd, "hello, guest", 12) < 0) /* it may be gone already */
+			turn++;
 		close(vsock_ends[turn % 4]);
 		vsock_ends[turn++ % 4] = fd;
 	}

@@ -131,6 +131,45 @@ static void test_everything(void **state)
 	vmm_config_free(&c);
 }
 
+static void test_devices(void **state)
+{
+	static const uint8_t uuid[16] = {
+		0x12, 0x3e, 0x45, 0x67, 0xe8, 0x9b, 0x42, 0xd3, 0xa4, 0x56, 0x42, 0x66, 0x14, 0x17, 0x40, 0x00};
+	struct vmm_config c;
+	struct error err;
+
+	assert_int_equal(
+		parse(&c,
+			"--kernel k --balloon 64M --vsock /v,,w,cid=99 --virtio-console stdio --name web-1 --uuid "
+			"123e4567-E89B-42d3-a456-426614174000 --debug-exit --module m,,n,a=1,b --module o "
+			"--disk d,serial=SN1 --net tap=t,queues=4,mac=52:54:00:00:00:01",
+			&err),
+		0);
+	assert_true(c.has_balloon && c.balloon == 64 << 20);
+	assert_string_equal(c.vsock_path, "/v,w");
+	assert_int_equal(c.vsock_cid, 99);
+	assert_true(c.has_hvc && c.hvc == VMM_SERIAL_STDIO);
+	assert_int_equal(c.serial, VMM_SERIAL_NONE); /* which is taken */
+	assert_string_equal(c.cmdline, "console=hvc0");
+	assert_string_equal(c.name, "web-1");
+	assert_true(c.has_uuid);
+	assert_memory_equal(c.uuid, uuid, 16);
+	assert_true(c.debug_exit);
+	assert_int_equal(c.modules, 2);
+	assert_string_equal(c.module[0].path, "m,n");
+	assert_string_equal(c.module[0].cmdline, "a=1,b");
+	assert_string_equal(c.module[1].path, "o");
+	assert_string_equal(c.module[1].cmdline, "");
+	assert_string_equal(c.disk[0].serial, "SN1");
+	assert_string_equal(c.net[0].spec, "tap=t,queues=4");
+	vmm_config_free(&c);
+	assert_int_equal(parse(&c, "--kernel k --virtio-console file=/f --vsock /v", &err), 0);
+	assert_int_equal(c.serial, VMM_SERIAL_STDIO);
+	assert_int_equal(c.vsock_cid, 3);
+	assert_string_equal(c.cmdline, "console=ttyS0");
+	vmm_config_free(&c);
+}
+
 static void test_good(void **state)
 {
 	static const struct {
@@ -223,6 +262,18 @@ static void test_bad(void **state)
 		{"--kernel k --net user --net user --net user --net user --net user --net user --net user --net user "
 		 "--net tap=x",
 			"--net tap=x", "leave this one out"},
+		{"--kernel k --balloon much", "much", "512M"},
+		{"--kernel k --vsock ,cid=3", "--vsock", "PATH"},
+		{"--kernel k --vsock v,cid=2", "cid=2", "from 3 to"},
+		{"--kernel k --vsock v,cid=4294967295", "cid=4294967295", "from 3 to"},
+		{"--kernel k --virtio-console tty", "tty", "stdio, none"},
+		{"--kernel k --serial stdio --virtio-console stdio", "--virtio-console stdio", "give the other"},
+		{"--kernel k --uuid 123e4567-e89b-42d3-a456-42661417400", "123e4567", "give one such as"},
+		{"--kernel k --uuid 123e4567-e89b-42d3-a456-42661417400g", "400g", "give one such as"},
+		{"--kernel k --uuid 123e4567ee89b-42d3-a456-426614174000", "123e4567e", "give one such as"},
+		{"--kernel k --module ,x", "--module", "give --module FILE"},
+		{"--kernel k --disk d,serial=", "serial number ''", "1 to 20"},
+		{"--kernel k --disk d,serial=123456789012345678901", "123456789012345678901", "1 to 20"},
 	};
 
 	for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
@@ -269,6 +320,7 @@ int main(void)
 		cmocka_unit_test(test_defaults),
 		cmocka_unit_test(test_room_to_grow),
 		cmocka_unit_test(test_everything),
+		cmocka_unit_test(test_devices),
 		cmocka_unit_test(test_good),
 		cmocka_unit_test(test_bad),
 		cmocka_unit_test(test_cpu_beyond_host),
