@@ -379,7 +379,7 @@ static const struct option_spec {
 	{"disk",
 		"FILE[,format=raw|qcow2][,readonly][,serial=TEXT][,bandwidth=RATE[:BURST]][,operations=RATE[:BURST]]",
 		parse_disk, "a disk; repeat for more"},
-	{"net", "user[,forward=tcp:ADDR:PORT-:PORT]...|tap=NAME[,queues=N][,mac=MAC]", parse_net,
+	{"net", "user[,forward=tcp:ADDR:PORT-:PORT]...|tap=NAME[,queues=N][,mac=MAC][,bandwidth=...][,operations=...]", parse_net,
 		"a network device; repeat for more"},
 	{"serial", "stdio|none|file=PATH|socket=PATH", parse_serial, "where the guest's serial port goes [stdio]"},
 	{"virtio-console", "stdio|none|file=PATH|socket=PATH", options_parse_virtio_console,
