@@ -1,18 +1,25 @@
 /* What the files of engine `bt` share among themselves: the VM, its code cache, blocks, and who does what.
  *
  *   run.c        the engine's table of functions; the loop: events, find a block, enter it, handle why it came back
- *   translate.c  guest instructions to host code, one block at a time
+ *   translate.c  guest instructions to host code, one block at a time; finding blocks (translation.h is for these four)
+ *   emit_insn.c    the host code of one instruction: as it is, re-addressed, or by a template
+ *   emit_flow.c    of stack instructions, jumps, calls; the ways out of a block
+ *   emit_memory.c  flags, the address of an operand, the TLB check
  *   insn.c       what the translator must know of one instruction: kind, flags read and written, memory operand
  *   cache.c      the code cache: memory, common stubs, blocks by address, linking, invalidation, exclusive sections
  *   tlb.c        page-table walks, software TLB, access to linear memory from C
  *   string.c     string instructions, in bulk
- *   slow.c       one instruction at a time: bounce buffers, page crossings, devices, 16-bit code
+ *   slow.c       one instruction at a time: bounce buffers, page crossings, devices, 16-bit code (slow.h is for these four)
+ *   address.c      registers by name, segments, addresses of operands
+ *   flow.c         stack and control flow in C, decimal arithmetic
+ *   xsave.c        FXSAVE and the XSAVE family
  *   vector.c     memory instructions with per-element masks and addresses: gathers, scatters, masked moves
  *   lockstep.c   a test: blocks against their instructions one by one
  *   signals.c    host faults in translated code become guest exceptions
  *   fpu.c        parking the guest's floating-point and vector state while C code needs the registers
- *   system.c exception.c segment.c msr.c cpuid.c   the privileged architecture (system.h)
- */
+ *   system.c exception.c segment.c control.c port.c msr.c cpuid.c paravirt.c   the privileged architecture (system.h)
+ *
+ * README.md tells how they work together. */
 #pragma once
 
 #include <pthread.h>

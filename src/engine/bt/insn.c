@@ -439,7 +439,7 @@ void insn_classify(struct insn *i, uint32_t mode)
 		i->kind = INSN_PLAIN;
 	i->bits = i->kind == INSN_BITS;
 	if (!code64) {
-		/* Limits and rights of FS and GS are checked in slow.c, unless there are none. */
+		/* Limits and rights of FS and GS are checked in address.c, unless there are none. */
 		if (i->memory && i->kind != INSN_LEA &&
 			((i->memory->mem.segment == ZYDIS_REGISTER_FS && !(mode & BT_MODE_OPEN_FS)) ||
 				(i->memory->mem.segment == ZYDIS_REGISTER_GS && !(mode & BT_MODE_OPEN_GS))))

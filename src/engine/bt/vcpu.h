@@ -189,7 +189,7 @@ void bt_tlb_flush_page(struct bt_vcpu *v, uint64_t linear);
 int bt_raise(struct bt_vcpu *v, int vector);			       /* no error code */
 int bt_raise_error(struct bt_vcpu *v, int vector, uint32_t error);     /* with error code */
 
-/* ---- decoded instructions (decode.c) ---- */
+/* ---- decoded instructions (address.c) ---- */
 struct bt_decoded {
 	ZydisDecodedInstruction insn;
 	ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
