@@ -181,7 +181,7 @@ void memory_unplug(struct guest_memory *memory, unsigned slot)
 	if (memory->slot_changes)
 		memory->slot_changes(memory->opaque, &range, false, NULL);
 	/* What a device still has under way to it lands in a page that is zeroed or given back later, at worst. */
-	fallocate(memory->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)range.offset, (off_t)range.size);
+	madvise(range.host, range.size, MADV_REMOVE); /* a hole in the file, whose descriptor a jail has closed */
 }
 
 const void *memory_for_read(const struct guest_memory *memory, uint64_t gpa, uint64_t len)

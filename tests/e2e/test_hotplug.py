@@ -1,5 +1,6 @@
 """vCPUs and memory that come and go while a stock Debian kernel runs, by the control socket's "resize"."""
 import json
+import os
 import re
 import socket
 import time
@@ -69,9 +70,10 @@ def shell(v, command, timeout=30):
     return text
 
 
-def boot(tmp_path, **options):
+def boot(tmp_path, *arguments, **options):
     # The kernel is quiet: its words would fall into the shell's.
-    v = vm.guest(test="shell", extra="loglevel=1", arguments=("--engine", "bt", "--control", tmp_path / "control"), **options)
+    v = vm.guest(test="shell", extra="loglevel=1", arguments=("--engine", "bt", "--control", tmp_path / "control", *arguments),
+                 **options)
     v.expect("GUEST READY", 60)
     v.send("stty -echo; PS1=; echo RE''ADY\n")
     v.expect("^.*READY$", 20)
@@ -87,8 +89,9 @@ def until(v, command, wanted, timeout=20):
 
 
 def slots_in_use(v):
-    """Bytes of the process's mapping of 768 MiB (the slots) that are there."""
-    for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", open(f"/proc/{v.process.pid}/smaps").read()):
+    """Bytes of the process's mapping of 768 MiB (the slots) that are there. In a jail the machine is a child's."""
+    pid = open(f"/proc/{v.process.pid}/task/{v.process.pid}/children").read().split() or [v.process.pid]
+    for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", open(f"/proc/{pid[0]}/smaps").read()):
         if re.search(r"^Size: +786432 kB$", part, re.M):
             return int(re.search(r"^Rss: +(\d+) kB$", part, re.M).group(1)) << 10
     return 0
@@ -171,6 +174,20 @@ def test_cpus_and_memory(tmp_path):
         control.wait_removed(["cpu1", "cpu2"])
         bad = [line for line in shell(v, "dmesg").splitlines() if vm.KERNEL_COMPLAINTS.search(line)]
         assert not bad, bad
+        v.send("poweroff -f\n")
+        assert v.wait(20) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="--jail needs root")
+def test_in_jail(tmp_path):
+    v, control = boot(tmp_path, "--jail", cpus="1,max=4", memory="256M,max=1G")
+    with v:
+        control.resize(cpus=4)
+        until(v, f"cat {CPUS}/present", "0-3")
+        assert shell(v, ONLINE) == "0-3"
+        check_memory(v, control)
+        control.resize(cpus=1)
+        control.wait_removed(["cpu1", "cpu2", "cpu3"])
         v.send("poweroff -f\n")
         assert v.wait(20) == 0
 
