@@ -41,6 +41,13 @@ static void on_hotplug(void *opaque, enum board_hotplug kind, unsigned number, e
 	atomic_store(&f->hotplug_number, number);
 }
 
+static void on_pci_ejected(void *opaque, uint32_t slots)
+{
+	struct fixture *f = opaque;
+
+	atomic_fetch_or(&f->ejected, slots);
+}
+
 uint64_t fake_tsc(void)
 {
 	return clock_now() * 3;
@@ -59,7 +66,7 @@ static void *run_loop(void *opaque)
 
 void fixture_start(struct fixture *f, unsigned cpus)
 {
-	struct board_host host = {f, on_event, on_ready, on_init, on_startup, on_nmi, .hotplug = on_hotplug};
+	struct board_host host = {f, on_event, on_ready, on_init, on_startup, on_nmi, .hotplug = on_hotplug, .pci_ejected = on_pci_ejected};
 	struct board_config config = {
 		.cpus = cpus,
 		.memory = &f->memory,

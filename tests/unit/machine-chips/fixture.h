@@ -26,7 +26,7 @@ struct fixture {
 	pthread_t thread;
 	atomic_uint kicks[64], inits[64], startups[64], nmis[64];
 	atomic_uint hotplugs, hotplug_event, hotplug_number;
-	atomic_uint startup_vector, power_offs, resets;
+	atomic_uint startup_vector, power_offs, resets, ejected;
 };
 
 /* Not while several boards' loops must run: each has one thread. */

@@ -653,6 +653,39 @@ static void test_space_threads(void **state)
 	space_destroy(m.space);
 }
 
+/* PCI hot plug's registers as the DSDT uses them, and the event's status and enable (ACPI 6.4, section 4.8.4.1). */
+static void test_pci_hotplug(void **state)
+{
+	struct fixture f;
+
+	fixture_start(&f, 1);
+	board_pci_added(f.board, 3);
+	board_pci_ask_removal(f.board, 5);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_GPE, 2), 1 << BOARD_GPE_PCI);
+	board_pio_write(f.board, 0, BOARD_PORT_GPE, 2, 1 << BOARD_GPE_PCI); /* a one clears */
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_GPE, 2), 0);
+	board_pio_write(f.board, 0, BOARD_PORT_GPE + 2, 1, 0xff);
+	board_pio_write(f.board, 0, BOARD_PORT_GPE + 3, 1, 0x80);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_GPE, 4), 0x80ff0000);
+	/* Each register forgets what it told. */
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_PCI_HOTPLUG, 2), 0);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_PCI_HOTPLUG, 4), 1 << 3);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_PCI_HOTPLUG, 4), 0);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_PCI_HOTPLUG + 4, 4), 1 << 5);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_PCI_HOTPLUG + 4, 4), 0);
+	assert_int_equal(f.ejected, 0);
+	board_pio_write(f.board, 0, BOARD_PORT_PCI_HOTPLUG + 8, 4, 1 << 5 | 1); /* the host bridge stays */
+	assert_int_equal(f.ejected, 1 << 5);
+	board_pio_write(f.board, 0, BOARD_PORT_PCI_HOTPLUG + 8, 2, 1 << 6);
+	board_pio_write(f.board, 0, BOARD_PORT_PCI_HOTPLUG, 4, 1 << 6);
+	assert_int_equal(f.ejected, 1 << 5);
+	board_pci_added(f.board, 4);
+	board_reset(f.board);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_PCI_HOTPLUG, 4), 0);
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_GPE, 4), 0);
+	fixture_stop(&f);
+}
+
 const struct CMUnitTest legacy_tests[] = {
 	cmocka_unit_test(test_serial_output),
 	cmocka_unit_test(test_serial_interrupts),
@@ -665,6 +698,7 @@ const struct CMUnitTest legacy_tests[] = {
 	cmocka_unit_test(test_memory),
 	cmocka_unit_test(test_memory_slots),
 	cmocka_unit_test(test_hotplug),
+	cmocka_unit_test(test_pci_hotplug),
 	cmocka_unit_test(test_space),
 	cmocka_unit_test(test_space_threads),
 };

@@ -126,6 +126,8 @@ void console_resume(struct console *console)
 }
 
 /* ---- running a program ---- */
+static vm_observer *observer;
+
 static int play(unsigned cpus, bool exit_on_reset, void (*program)(struct engine_vcpu *v, struct engine_exit *exit),
 	struct error *err)
 {
@@ -141,6 +143,8 @@ static int play(unsigned cpus, bool exit_on_reset, void (*program)(struct engine
 	vm->config = &stage.config;
 	vm->engine = &fake_engine;
 	vm->cpus = cpus;
+	vm->observer = observer;
+	vm->observer_opaque = vm;
 	vm->console = (struct console *)&stage; /* only passed on */
 	vm->entry = (struct boot_entry){
 		.long_mode = true, .rip = 0x1000200, .rsi = 0x7000, .cr3 = 0x9000, .gdt = 0x500, .gdt_limit = 31};
@@ -150,6 +154,7 @@ static int play(unsigned cpus, bool exit_on_reset, void (*program)(struct engine
 		stage.vcpu[i].cpu = i;
 		vm->vcpu[i] = (struct vcpu){.vm = vm, .index = i, .engine = &stage.vcpu[i], .awaits_startup = i > 0, .plugged = true};
 		pthread_mutex_init(&vm->vcpu[i].lock, NULL);
+		pthread_mutex_init(&vm->vcpu[i].snapshot_lock, NULL);
 	}
 	assert_int_equal(loop_create(&vm->loop, NULL), 0);
 	assert_int_equal(vm_watch_signals(vm, NULL), 0);
@@ -159,6 +164,8 @@ static int play(unsigned cpus, bool exit_on_reset, void (*program)(struct engine
 	alarm(0);
 	close(vm->signal_fd);
 	loop_destroy(vm->loop);
+	for (unsigned i = 0; i < cpus; i++)
+		free(vm->vcpu[i].snapshot);
 	free(vm);
 	return status;
 }
@@ -365,6 +372,63 @@ static void test_signal(void **state)
 	assert_int_equal(stage.count, 1);
 }
 
+/* Pauses in the middle of a program, is reset while paused, runs on, and powers off. All but the program runs on the
+ * loop's thread. */
+static struct {
+	struct loop_timer timer;
+	unsigned events, count;
+} pausing;
+
+static void still_paused(struct loop_timer *timer)
+{
+	struct vm *vm = stage.vm;
+
+	if (vm->paused && atomic_load(&stage.count) == pausing.count)
+		pausing.events |= 1 << 20; /* nothing has run */
+	vm_stop(vm, VM_CAUSE_RESET, NULL);
+}
+
+static void pause_observer(void *opaque, enum vm_event event, const char *detail, const struct error *why)
+{
+	struct vm *vm = opaque;
+
+	pausing.events |= 1 << event;
+	if (event == VM_EVENT_STARTED) {
+		vm_pause(vm);
+		vm_resume(vm); /* taken back before it has happened: nothing has */
+		vm_pause(vm);
+	} else if (event == VM_EVENT_PAUSED && !(pausing.events & 1 << VM_EVENT_RESET)) {
+		pausing.count = atomic_load(&stage.count);
+		pausing.timer.function = still_paused;
+		loop_timer_set(vm->loop, &pausing.timer, clock_now() + 30000000);
+	} else if (event == VM_EVENT_RESET) {
+		vm_resume(vm);
+	} else if (event == VM_EVENT_RESUMED) {
+		vm_stop(vm, VM_CAUSE_POWER_OFF, NULL);
+	}
+}
+
+static void counts(struct engine_vcpu *v, struct engine_exit *exit)
+{
+	exit->reason = ENGINE_EXIT_KICKED;
+	atomic_fetch_add(&stage.count, 1);
+	usleep(1000);
+}
+
+static void test_pause(void **state)
+{
+	struct error err;
+
+	memset(&pausing, 0, sizeof(pausing));
+	observer = pause_observer;
+	assert_int_equal(play(2, false, counts, &err), 0);
+	observer = NULL;
+	assert_int_equal(pausing.events, 1 << VM_EVENT_STARTED | 1 << VM_EVENT_PAUSED | 1 << VM_EVENT_RESET |
+						 1 << VM_EVENT_RESUMED | 1 << VM_EVENT_POWER_OFF | 1 << 20);
+	assert_int_equal(stage.resets, 1);
+	assert_int_equal(stage.loads, 1);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -376,6 +440,7 @@ int main(void)
 		cmocka_unit_test(test_triple_fault),
 		cmocka_unit_test(test_engine_error),
 		cmocka_unit_test(test_signal),
+		cmocka_unit_test(test_pause),
 	};
 
 	vm_block_signals();

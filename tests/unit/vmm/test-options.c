@@ -4,7 +4,11 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include <stdlib.h>
+#include <stdio.h>
+#include <errno.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/util.h"
 #include "engine/cpu_model.h"
@@ -314,6 +318,98 @@ static void test_help_names_all(void **state)
 		assert_non_null(strstr(text, names[i]));
 }
 
+static void test_limits(void **state)
+{
+	struct vmm_config c;
+	struct error err;
+
+	assert_int_equal(parse(&c, "--kernel k --disk d,bandwidth=1M,operations=100:200 --net user,bandwidth=2K:3K,mtu=1500", &err), 0);
+	assert_int_equal(c.disk[0].limits.bandwidth.rate, 1 << 20);
+	assert_int_equal(c.disk[0].limits.bandwidth.burst, 0);
+	assert_int_equal(c.disk[0].limits.operations.rate, 100);
+	assert_int_equal(c.disk[0].limits.operations.burst, 200);
+	assert_int_equal(c.net[0].limits.bandwidth.burst, 3 << 10);
+	assert_string_equal(c.net[0].spec, "user,mtu=1500");
+	vmm_config_free(&c);
+	assert_int_equal(parse(&c, "--kernel k --disk d,bandwidth=fast", &err), -EINVAL);
+	assert_non_null(strstr(err.text, "bandwidth=50M"));
+	vmm_config_free(&c);
+	assert_int_equal(parse(&c, "--kernel k --net user,operations=1:x", &err), -EINVAL);
+	assert_non_null(strstr(err.text, "operations=1000"));
+	vmm_config_free(&c);
+}
+
+/* A file says what the flags say; those behind it rule. */
+static int parse_file(struct vmm_config *config, const char *json, const char *more, struct error *err)
+{
+	char path[] = "/tmp/test-config-XXXXXX", line[200];
+	int fd = mkstemp(path), result;
+
+	assert_true(fd >= 0);
+	assert_int_equal(write(fd, json, strlen(json)), (ssize_t)strlen(json));
+	close(fd);
+	snprintf(line, sizeof(line), "--config %s %s", path, more);
+	result = parse(config, line, err);
+	unlink(path);
+	return result;
+}
+
+static void test_config_file(void **state)
+{
+	static const struct {
+		const char *json, *part;
+	} bad[] = {
+		{"", "line 1"},
+		{"[1]", "one JSON object"},
+		{"{\"kernel\": null}", "kernel"},
+		{"{\"kernel\": true}", "--kernel needs a value"},
+		{"{\"debug-exit\": \"x\"}", "takes no value"},
+		{"{\"cpus\": 1.5}", "cpus"},
+		{"{\"cpus\": 99}", "--cpus 99"},
+		{"{\"colour\": 1}", "colour"},
+		{"{\"config\": \"x\"}", "command line"},
+		{"{\"disk\": [[\"a\"]]}", "disk"},
+		{"{\"disk\": {\"path\": {}}}", "path"},
+		{"{\"disk\": {}}", "--disk"},
+		{"{\"kernel\": \"a\", \"kernel\": \"b\"}", "duplicate"},
+	};
+	struct vmm_config c;
+	struct error err;
+
+	assert_int_equal(parse_file(&c,
+				 "{\"kernel\": \"a, b\", \"cpus\": 3, \"memory\": \"1G\", \"debug-exit\": true, "
+				 "\"on-reset\": \"exit\", \"cmdline\": \"\", \"jail\": false, "
+				 "\"disk\": [\"x,,y,readonly\", {\"format\": \"raw\", \"readonly\": false, \"path\": \"p,q\", "
+				 "\"operations\": 7}], \"net\": {\"forward\": [\"tcp:127.0.0.1:1-:2\", \"tcp:127.0.0.1:3-:4\"], \"user\": true}}",
+				 "--cpus 2 --disk z", &err),
+		0);
+	assert_string_equal(c.kernel, "a, b");
+	assert_int_equal(c.cpus, 2);
+	assert_int_equal(c.memory, 1 << 30);
+	assert_true(c.exit_on_reset);
+	assert_false(c.jail);
+	assert_string_equal(c.cmdline, "");
+	assert_int_equal(c.disks, 3);
+	assert_string_equal(c.disk[0].path, "x,y");
+	assert_true(c.disk[0].options.read_only);
+	assert_string_equal(c.disk[1].path, "p,q");
+	assert_false(c.disk[1].options.read_only);
+	assert_int_equal(c.disk[1].options.format, DISK_RAW);
+	assert_int_equal(c.disk[1].limits.operations.rate, 7);
+	assert_string_equal(c.disk[2].path, "z");
+	assert_string_equal(c.net[0].spec, "user,forward=tcp:127.0.0.1:1-:2,forward=tcp:127.0.0.1:3-:4");
+	vmm_config_free(&c);
+
+	for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
+		assert_int_equal(parse_file(&c, bad[i].json, "--kernel k", &err), -EINVAL);
+		if (!strstr(err.text, bad[i].part) || !strstr(err.text, "--config /tmp/"))
+			fail_msg("%s: %s", bad[i].json, err.text);
+		vmm_config_free(&c);
+	}
+	assert_int_equal(parse(&c, "--config /nowhere", &err), -ENOENT);
+	vmm_config_free(&c);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -325,6 +421,8 @@ int main(void)
 		cmocka_unit_test(test_bad),
 		cmocka_unit_test(test_cpu_beyond_host),
 		cmocka_unit_test(test_help_names_all),
+		cmocka_unit_test(test_limits),
+		cmocka_unit_test(test_config_file),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
