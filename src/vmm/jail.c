@@ -132,9 +132,9 @@ static int memory_now(uint64_t *mapped, uint64_t *private, struct error *err)
 /* A leak that a guest provokes ends its VM before it troubles the host. Guest memory and all that the engine reserves is
  * mapped by now; to come are stacks and allocator arenas of the threads, and what connections of a user-mode network
  * hold. The number of processes needs no limit: the filters let none be made. */
-static int set_limits(const struct vmm_config *config, unsigned threads, bool user_net, struct error *err)
+static int set_limits(unsigned threads, uint64_t load, bool user_net, struct error *err)
 {
-	uint64_t mapped = 0, private = 0, slack = user_net ? 512 * MIB : 128 * MIB, files = user_net ? 4096 : 64;
+	uint64_t mapped = 0, private = 0, slack = load + (user_net ? 512 : 128) * MIB, files = user_net ? 4096 : 64;
 	struct rlimit stack = {8 * MIB, 8 * MIB};
 	int result = memory_now(&mapped, &private, err);
 
@@ -291,7 +291,7 @@ static int drop_rights(uint32_t id, struct error *err)
 
 /* ---- all of it ---- */
 
-static int enter(struct jail *jail, const struct vmm_config *config, unsigned threads, struct error *err)
+static int enter(struct jail *jail, const struct vmm_config *config, unsigned threads, uint64_t load, struct error *err)
 {
 	unsigned with = config->vsock_path ? CALLED_WITH_VSOCK : 0;
 	bool user_net = false;
@@ -308,7 +308,7 @@ static int enter(struct jail *jail, const struct vmm_config *config, unsigned th
 	if (result == 0)
 		result = enter_namespaces(user_net, err);
 	if (result == 0)
-		result = set_limits(config, threads, user_net, err);
+		result = set_limits(threads, load, user_net, err);
 	if (result == 0)
 		result = empty_root(user_net, config->vsock_path, err);
 	if (result == 0)
@@ -316,14 +316,14 @@ static int enter(struct jail *jail, const struct vmm_config *config, unsigned th
 	return result;
 }
 
-int jail_enter(struct jail **entered, const struct vmm_config *config, unsigned threads, struct error *err)
+int jail_enter(struct jail **entered, const struct vmm_config *config, unsigned threads, uint64_t load, struct error *err)
 {
 	struct jail *jail = calloc(1, sizeof(*jail));
 	int result;
 
 	if (!jail)
 		return error_errno(err, "jail");
-	result = enter(jail, config, threads, err);
+	result = enter(jail, config, threads, load, err);
 	if (result < 0) {
 		jail_forget(jail);
 		return result;

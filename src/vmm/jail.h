@@ -22,8 +22,10 @@ enum jail_role { JAIL_VM, JAIL_KEEPER };
 int jail_fork(struct vmm_config *config, enum jail_role *role, int *status, struct error *err);
 
 /* In the VM's process, which still has one thread: from here on it has no rights, no files but the open ones, and no
- * network unless its guest has one in user mode. `threads` is the number that are to come. */
-int jail_enter(struct jail **jail, const struct vmm_config *config, unsigned threads, struct error *err);
+ * network unless its guest has one in user mode. `threads` is the number that are to come, `load` what loading the guest
+ * takes for a moment, in bytes: the limits leave room for both. */
+int jail_enter(struct jail **jail, const struct vmm_config *config, unsigned threads, uint64_t load,
+	struct error *err);
 /* Frees the memory of the filters; nothing gets out by it. */
 void jail_forget(struct jail *jail);
 

@@ -205,7 +205,7 @@ static int enter_jail(struct vm *vm, struct error *err)
 		return 0;
 	for (unsigned i = 0; i < vm->config->disks; i++)
 		threads += min(vm->cpus, (unsigned)VIRTIO_BLK_QUEUES_MAX);
-	result = jail_enter(&vm->jail, vm->config, threads, err);
+	result = jail_enter(&vm->jail, vm->config, threads, vm->boot_files.kernel_size, err);
 	vm->threads.begin = jail_thread_begin;
 	vm->threads.opaque = vm->jail;
 	return result;
@@ -233,7 +233,8 @@ static int assemble(struct vm *vm, struct error *err)
 		result = create_vcpus(vm, err);
 	if (result == 0)
 		result = open_boot_files(vm, err);
-	if (result == 0)
+	/* A kernel file is parsed in the jail if there is one. */
+	if (result == 0 && !vm->config->jail)
 		result = vm_load(vm, err);
 	if (result == 0)
 		result = vm_watch_signals(vm, err);
@@ -248,6 +249,8 @@ static int assemble(struct vm *vm, struct error *err)
 		result = control_create(&vm->control, vm->config->control, vm, err);
 	if (result == 0)
 		result = enter_jail(vm, err);
+	if (result == 0 && vm->config->jail)
+		result = vm_load(vm, err);
 	if (result == 0)
 		result = threads_release(&vm->threads, err);
 	return result;
