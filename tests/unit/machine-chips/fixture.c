@@ -6,7 +6,28 @@ static void on_event(void *opaque, enum board_event event)
 {
 	struct fixture *f = opaque;
 
-	atomic_fetch_add(event == BOARD_EVENT_RESET ? &f->resets : &f->power_offs, 1);
+	switch (event) {
+	case BOARD_EVENT_RESET:
+		atomic_fetch_add(&f->resets, 1);
+		break;
+	case BOARD_EVENT_POWER_OFF:
+		atomic_fetch_add(&f->power_offs, 1);
+		break;
+	case BOARD_EVENT_PANIC:
+		atomic_fetch_add(&f->panics, 1);
+		break;
+	case BOARD_EVENT_CRASH_KERNEL:
+		atomic_fetch_add(&f->crash_kernels, 1);
+		break;
+	}
+}
+
+static void on_debug_exit(void *opaque, uint32_t value)
+{
+	struct fixture *f = opaque;
+
+	atomic_fetch_add(&f->debug_exits, 1);
+	atomic_store(&f->debug_value, value);
 }
 
 static void on_ready(void *opaque, unsigned cpu)
@@ -66,7 +87,8 @@ static void *run_loop(void *opaque)
 
 void fixture_start(struct fixture *f, unsigned cpus)
 {
-	struct board_host host = {f, on_event, on_ready, on_init, on_startup, on_nmi, .hotplug = on_hotplug, .pci_ejected = on_pci_ejected};
+	struct board_host host = {f, on_event, on_ready, on_init, on_startup, on_nmi, .hotplug = on_hotplug,
+		.pci_ejected = on_pci_ejected, .debug_exit = on_debug_exit};
 	struct board_config config = {
 		.cpus = cpus,
 		.memory = &f->memory,

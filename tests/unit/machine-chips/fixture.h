@@ -26,7 +26,8 @@ struct fixture {
 	pthread_t thread;
 	atomic_uint kicks[64], inits[64], startups[64], nmis[64];
 	atomic_uint hotplugs, hotplug_event, hotplug_number;
-	atomic_uint startup_vector, power_offs, resets, ejected;
+	atomic_uint startup_vector, power_offs, resets, ejected, panics, crash_kernels;
+	atomic_uint debug_exits, debug_value;
 };
 
 /* Not while several boards' loops must run: each has one thread. */

@@ -1,5 +1,8 @@
 /* 16550, i8042, ACPI power, and what is under them: memory and spaces. */
 #include "fixture.h"
+#include "machine/debug_exit.h"
+#include "machine/pvpanic.h"
+#include "machine/vmgenid.h"
 
 #include <string.h>
 #include <sys/mman.h>
@@ -686,6 +689,40 @@ static void test_pci_hotplug(void **state)
 	fixture_stop(&f);
 }
 
+/* Ports by which a guest's kernel says something about itself, and the number that tells it that it was copied. */
+static void test_words(void **state)
+{
+	struct fixture f;
+	uint8_t first[GENERATION_BYTES], second[GENERATION_BYTES];
+	static const uint8_t none[GENERATION_BYTES];
+
+	fixture_start(&f, 1);
+	assert_int_equal(in8(&f, BOARD_PORT_PVPANIC), 3);
+	out8(&f, BOARD_PORT_PVPANIC, 2);
+	out8(&f, BOARD_PORT_PVPANIC, 1);
+	out8(&f, BOARD_PORT_PVPANIC, 0xfc);
+	assert_int_equal(f.panics, 1);
+	assert_int_equal(f.crash_kernels, 1);
+	assert_int_equal(f.resets + f.power_offs, 0);
+
+	board_pio_write(f.board, 0, BOARD_PORT_DEBUG_EXIT, 4, 0x12345678);
+	assert_int_equal(f.debug_exits, 1);
+	assert_int_equal(f.debug_value, 0x12345678);
+
+	assert_int_equal(board_write_generation(f.board, NULL), 0);
+	assert_true(memory_read(&f.memory, BOARD_GENERATION, first, sizeof(first)));
+	assert_memory_not_equal(first, none, sizeof(first));
+	board_reset(f.board); /* a reset is no copy */
+	assert_int_equal(board_write_generation(f.board, NULL), 0);
+	assert_true(memory_read(&f.memory, BOARD_GENERATION, second, sizeof(second)));
+	assert_memory_equal(first, second, sizeof(first));
+	assert_int_equal(board_new_generation(f.board, NULL), 0);
+	assert_true(memory_read(&f.memory, BOARD_GENERATION, second, sizeof(second)));
+	assert_memory_not_equal(first, second, sizeof(first));
+	assert_int_equal(board_pio_read(f.board, 0, BOARD_PORT_GPE, 2), 1 << BOARD_GPE_GENERATION);
+	fixture_stop(&f);
+}
+
 const struct CMUnitTest legacy_tests[] = {
 	cmocka_unit_test(test_serial_output),
 	cmocka_unit_test(test_serial_interrupts),
@@ -699,6 +736,7 @@ const struct CMUnitTest legacy_tests[] = {
 	cmocka_unit_test(test_memory_slots),
 	cmocka_unit_test(test_hotplug),
 	cmocka_unit_test(test_pci_hotplug),
+	cmocka_unit_test(test_words),
 	cmocka_unit_test(test_space),
 	cmocka_unit_test(test_space_threads),
 };
