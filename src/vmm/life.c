@@ -197,6 +197,18 @@ bool vm_park(struct vm *vm)
 	return atomic_load(&vm->phase) != VM_ENDING;
 }
 
+bool vm_may_say(struct vm *vm)
+{
+	uint64_t now = clock_now();
+	scope_lock(&vm->lock);
+
+	if (now - vm->said_since > 60000000000ull) {
+		vm->said_since = now;
+		vm->said = 0;
+	}
+	return vm->said++ < 10;
+}
+
 /* ---- signals ---- */
 
 static const int ending_signals[] = {SIGTERM, SIGINT, SIGHUP};

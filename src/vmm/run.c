@@ -201,7 +201,8 @@ static void triple_fault(struct vcpu *v)
 		vm_stop(v->vm, VM_CAUSE_FAILED, &err);
 		return;
 	}
-	terminal_say("hostel-vmm: %s; the machine is reset\n", err.text);
+	if (vm_may_say(v->vm))
+		terminal_say("hostel-vmm: %s; the machine is reset\n", err.text);
 	vm_stop(v->vm, VM_CAUSE_RESET, NULL);
 }
 

@@ -155,6 +155,8 @@ struct vm {
 	enum vm_cause cause;
 	int signal;	    /* which ended it, or 0 */
 	uint64_t signalled; /* clock_now() when it came */
+	uint64_t said_since; /* see vm_may_say() */
+	unsigned said;
 	struct error error; /* why it failed */
 	unsigned parked, resumes;
 	unsigned boots; /* power-ons and resets */
@@ -187,6 +189,8 @@ void vm_debug_exit(void *vm, uint32_t value);
 void vm_panicked(struct vm *vm);
 
 /* life.c */
+/* For lines that a guest can provoke as often as it resets: ten a minute. From any thread. */
+bool vm_may_say(struct vm *vm);
 void vm_block_signals(void);
 int vm_watch_signals(struct vm *vm, struct error *err);
 /* Runs the guest until it ends; the exit status. A failure is also in err. */

@@ -124,7 +124,8 @@ void vm_debug_exit(void *opaque, uint32_t value)
 
 static void tell_panic(void *opaque)
 {
-	terminal_say("hostel-vmm: the guest's kernel panicked\n");
+	if (vm_may_say(opaque))
+		terminal_say("hostel-vmm: the guest's kernel panicked\n");
 	vm_tell(opaque, VM_EVENT_PANIC, NULL, NULL);
 }
 

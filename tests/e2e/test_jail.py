@@ -167,7 +167,6 @@ def test_resets_and_statistics():
         assert v.wait(10) == 128 + signal.SIGINT
 
 
-@pytest.mark.quick
 def test_console_and_control_sockets(tmp_path):
     console, control = tmp_path / "console", tmp_path / "control"
     with jailed("shell", "--serial", f"socket={console}", "--control", control) as v:
