@@ -198,6 +198,39 @@ def test_console_and_control_sockets(tmp_path):
         assert not console.exists() and not control.exists()
 
 
+def test_vsock_from_the_guest(tmp_path):
+    """The one thing that a jailed VM still connects to: sockets beside --vsock's own, those that its id may write to."""
+    path, received = tmp_path / "vsock", {}
+    tmp_path.chmod(0o755)  # the folder as it is seen in the jail
+    listeners = {}
+    for port, mode in ((5000, 0o666), (5001, 0o600)):
+        listeners[port] = socket.socket(socket.AF_UNIX)
+        listeners[port].bind(f"{path}_{port}")
+        os.chmod(f"{path}_{port}", mode)
+        listeners[port].listen(1)
+        listeners[port].settimeout(60)
+    with jailed("shell", "--vsock", path, form="bzImage") as v:
+        v.expect("GUEST READY")
+        v.send("checks net vsock 5001 100; echo STATUS1 $?\n")  # not to be reached
+        assert v.expect(r"^STATUS1 (\d+)").group(1) != "0"
+        v.send("checks net vsock 5000 100; echo STATUS2 $?\n")
+        connection, _ = listeners[5000].accept()
+        with connection:
+            connection.settimeout(30)
+            received = connection.recv(100)
+        v.expect(r"^STATUS2 ")
+        assert received.startswith(b"UP 100\n"), received
+        listeners[5001].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listeners[5001].accept()
+        v.process.terminate()
+        assert v.wait(10) == 128 + signal.SIGTERM
+        assert v.stderr() == "", v.stderr()
+    assert not path.exists()
+    for listener in listeners.values():
+        listener.close()
+
+
 def test_signals_reach_the_vm_and_none_is_left_behind():
     with jailed() as v:  # the VM is killed: the keeper says so
         v.expect("GUEST READY")

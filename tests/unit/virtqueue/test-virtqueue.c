@@ -212,6 +212,19 @@ static void test_give_back(void **state)
 	assert_int_equal(f->chain.head, 0);
 }
 
+/* A reset between a device's put and its publishing: there is no ring to tell it in. */
+static void test_stopped_before_it_was_told(void **state)
+{
+	struct fixture *f = *state;
+
+	desc(f, 0, DATA, 1, WRITE, 0);
+	offer(f, 0);
+	assert_int_equal(next(f), 1);
+	virtq_put(&f->q, 0, 0);
+	virtq_stop(&f->q);
+	assert_false(virtq_publish(&f->q));
+}
+
 static void test_notifications_by_flags(void **state)
 {
 	struct fixture *f = *state;
@@ -496,6 +509,7 @@ int main(int argc, char **argv)
 		TEST(test_indirect),
 		TEST(test_index_wraps),
 		TEST(test_give_back),
+		TEST(test_stopped_before_it_was_told),
 		TEST(test_notifications_by_flags),
 		TEST(test_notifications_by_event_index),
 		TEST(test_writes_are_announced),
