@@ -103,10 +103,11 @@ class Nested:
     def text(self):
         return "\n".join(line for _, line in self.lines)
 
-    def run(self, seconds, echo=False):
-        """Until it powers off; False if that takes longer."""
+    def run(self, seconds, silence=1000, echo=False):
+        """Until it powers off; False if that takes longer, or nothing is said for so many seconds of silence."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        heard = time.monotonic()
+        while time.monotonic() < min(end, heard + silence):
             ready, _, _ = select.select([self.process.stdout], [], [], 1)
             if not ready:
                 continue
@@ -114,6 +115,7 @@ class Nested:
             if not data:
                 self.process.wait()
                 return True
+            heard = time.monotonic()
             self.buffer += data
             *whole, self.buffer = self.buffer.split(b"\n")
             for line in whole:

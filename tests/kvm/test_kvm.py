@@ -6,6 +6,7 @@ import pathlib
 import re
 import struct
 import sys
+import time
 
 import pytest
 
@@ -15,7 +16,8 @@ sys.path.insert(0, str(HERE.parent / "e2e"))
 import nested  # noqa: E402
 import vm  # noqa: E402
 
-SECONDS = 150
+SECONDS = 150  # for all of it
+SILENCE = 50
 CHECK = nested.ROOT / "build" / "tests" / "kvm" / "kvm-check"
 
 # "STEP name" begins a step; each ends with "STATUS n".
@@ -23,8 +25,8 @@ SCRIPT = r"""
 step() { echo "STEP $1"; shift; "$@"; echo "STATUS $?"; }
 boot() { # CPUS TEST OPTION...
 	cpus=$1 test=$2; shift 2
-	hostel-vmm --cpus $cpus --memory 256M --kernel /host/vmlinux --initrd /host/initrd \
-		--cmdline "console=ttyS0 quiet hostel.test=$test" "$@"
+	hostel-vmm --engine kvm --cpus $cpus --memory 256M --kernel /host/vmlinux --initrd /host/initrd \
+		--cmdline "console=ttyS0 quiet cryptomgr.notests mitigations=off hostel.test=$test" "$@"
 }
 ip link set lo up
 step probe hostel-vmm --probe=json
@@ -32,7 +34,8 @@ step check kvm-check
 step bad hostel-vmm --engine kvm --on-reset exit --kernel /host/bad </dev/null
 net() {
 	mkfifo /tmp/in
-	boot 1 net --cpu host,-xsave --disk /host/disk --net user,forward=tcp:127.0.0.1:5555-:7 <>/tmp/in >/tmp/out 2>&1 &
+	(boot 1 net --cpu host,-xsave --disk /host/disk --net user,forward=tcp:127.0.0.1:5555-:7
+		echo $? >/tmp/status) <>/tmp/in 2>&1 | tee /tmp/out &
 	i=0
 	while ! grep -q "GUEST READY" /tmp/out && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done
 	dd if=/dev/urandom of=/tmp/sent bs=1M count=4 2>/dev/null
@@ -40,9 +43,7 @@ net() {
 	cmp /tmp/sent /tmp/back && echo "NET $(wc -c </tmp/back) bytes came back"
 	echo >/tmp/in
 	wait
-	status=$?
-	cat /tmp/out
-	return $status
+	return $(cat /tmp/status)
 }
 step net net
 checks() {
@@ -56,11 +57,11 @@ step checks checks
 def bad_kernel():
     """An ELF file that PVH starts and that jumps to where no memory is: KVM cannot go on there."""
     code = b"\xb8\x00\x00\x00\xd0\xff\xe0"  # mov eax, 0xd0000000; jmp eax
-    address, headers = 0x100000, 52 + 2 * 32
+    address, headers = 0x100000, 64 + 2 * 56
     note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", address)  # XEN_ELFNOTE_PHYS32_ENTRY
-    elf = struct.pack("<16sHHIIIIIHHHHHH", b"\x7fELF\x01\x01\x01", 2, 3, 1, address, 52, 0, 0, 52, 32, 2, 0, 0, 0)
-    load = struct.pack("<8I", 1, headers + len(note), address, address, len(code), len(code), 5, 1)
-    notes = struct.pack("<8I", 4, headers, 0, 0, len(note), len(note), 4, 4)
+    elf = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, address, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    load = struct.pack("<IIQQQQQQ", 1, 5, headers + len(note), address, address, len(code), len(code), 1)
+    notes = struct.pack("<IIQQQQQQ", 4, 4, headers, 0, 0, len(note), len(note), 4)
     return elf + load + notes + note + code
 
 
@@ -75,10 +76,16 @@ def machine(tmp_path_factory):
     programs = [("bin/hostel-vmm", vm.VMM), ("bin/kvm-check", CHECK)]
     files = [("host/vmlinux", vm.kernel("cloud", "vmlinux")), ("host/initrd", vm.CACHE / "initrd" / "cloud.cpio"),
              ("host/disk", disk), ("host/bad", bad_kernel())]
-    with nested.Nested(folder, SCRIPT, programs, files) as n:
-        n.ended = n.run(SECONDS * vm.SLOW)
+    # Now and then (once in some dozens of nested guests) QEMU's emulation of AMD-V comes to a stop: the whole machine, its
+    # own init too, or a guest that gets an interrupt with interrupts off. It says nothing more then, and gets one more go.
+    end = time.monotonic() + SECONDS * vm.SLOW
+    for silence in (SILENCE * vm.SLOW, SECONDS * vm.SLOW):
+        with nested.Nested(folder, SCRIPT, programs, files) as n:
+            n.ended = n.run(end - time.monotonic(), silence)
         (folder / "nested.cpio").unlink()
-        yield n
+        if n.ended:
+            break
+    return n
 
 
 def step(machine, name):
