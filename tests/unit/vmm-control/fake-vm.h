@@ -14,8 +14,8 @@ struct fake_vm {
 	uint64_t target;
 	bool pauses_at_once;
 	char typed[100]; /* at the console */
-	size_t typed_length;
-	struct console_tap *tap;
+	_Atomic size_t typed_length;
+	struct console_tap *_Atomic tap;
 };
 
 extern struct fake_vm fake;
