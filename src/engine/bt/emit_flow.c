@@ -17,6 +17,23 @@ struct bt_site *new_site(struct bt_translation *t, int32_t offset)
 	return s;
 }
 
+/* A site at an instruction that C executes, with as much of its decoded form as there is. */
+struct bt_site *new_decoded_site(struct bt_translation *t, const struct insn *i)
+{
+	size_t size = offsetof(struct bt_decoded, operands) +
+		max((unsigned)i->d.insn.operand_count, 2u) * sizeof(i->d.operands[0]);
+	struct bt_site *site = new_site(t, i->offset);
+	struct bt_decoded *copy = cache_alloc(t->vm, size);
+
+	if (!site || !copy) {
+		t->e.overflow = 1;
+		return NULL;
+	}
+	memcpy(copy, &i->d, size);
+	site->decoded = copy;
+	return site;
+}
+
 struct late *new_late(struct bt_translation *t)
 {
 	static struct late spare; /* written only together with overflow, which discards the block */
@@ -38,20 +55,10 @@ static void emit_site_exit(struct bt_translation *t, const uint8_t *stub, struct
 /* Leaves for C to execute the instruction there; all flags must be right in memory. */
 void emit_system_exit(struct bt_translation *t, const struct insn *i, bool slow)
 {
-	struct bt_site *site = new_site(t, i->offset);
+	struct bt_site *site = slow ? new_site(t, i->offset) : new_decoded_site(t, i);
 
 	if (!site)
 		return;
-	if (!slow) {
-		struct bt_decoded *copy = cache_alloc(t->vm, sizeof(*copy));
-
-		if (!copy) {
-			t->e.overflow = 1;
-			return;
-		}
-		memcpy(copy, &i->d, sizeof(*copy));
-		site->decoded = copy;
-	}
 	if (t->state == FLAGS_HOST)
 		flags_save(t);
 	emit_site_exit(t, slow ? t->vm->exit_slow : t->vm->exit_system[0], site);
@@ -208,7 +215,7 @@ static void emit_push_check(struct bt_translation *t, const struct insn *i)
 {
 	flags_clobber(t, i->live_before);
 	emit_lea(&t->e, t->code64, R10, RSP, -(int)slot(t));
-	emit_check(t, slot(t), true, false, i->live_before);
+	emit_check(t, slot(t), true, false);
 }
 
 static void emit_move_rsp(struct bt_translation *t, int by)
@@ -251,7 +258,7 @@ static void emit_pop_check(struct bt_translation *t, const struct insn *i, unsig
 		emit_move(&t->e, R10, base);
 	else
 		emit_move32(&t->e, R10, base);
-	emit_check(t, slot(t), false, false, i->live_before);
+	emit_check(t, slot(t), false, false);
 }
 
 void emit_pop(struct bt_translation *t, struct insn *i)

@@ -276,7 +276,7 @@ void emit_bits(struct bt_translation *t, struct insn *i)
 			EMIT(e, 0x4d, 0x0f, 0xbf, 0xdb); /* movsx r11, r11w */
 		EMIT(e, 0x49, 0xc1, 0xfb, shift);    /* sar r11, shift */
 		EMIT(e, t->code64 ? 0x4f : 0x47, 0x8d, 0x14, (shift - 3) << 6 | 3 << 3 | 2); /* lea r10, [r10 + r11 * bytes] */
-		emit_check(t, width / 8, write, false, i->live_before);
+		emit_check(t, width / 8, write, false);
 	}
 	if (t->bounce)
 		flags_clobber(t, i->live_before);
@@ -361,15 +361,10 @@ static void emit_swapgs(struct bt_translation *t)
 static void emit_sti(struct bt_translation *t, struct insn *i)
 {
 	struct late *late;
-	struct bt_site *site = new_site(t, i->offset);
-	struct bt_decoded *copy = cache_alloc(t->vm, sizeof(*copy));
+	struct bt_site *site = new_decoded_site(t, i);
 
-	if (!site || !copy) {
-		t->e.overflow = 1;
+	if (!site)
 		return;
-	}
-	memcpy(copy, &i->d, sizeof(*copy));
-	site->decoded = copy;
 	flags_clobber(t, FLAGS_ARITHMETIC);
 	emit_test_byte(&t->e, V(irq_pending));
 	late = new_late(t);
@@ -383,17 +378,12 @@ static void emit_sti(struct bt_translation *t, struct insn *i)
 static void emit_string(struct bt_translation *t, struct insn *i)
 {
 	struct emitter *e = &t->e;
-	struct bt_site *site = new_site(t, i->offset);
-	struct bt_decoded *copy = cache_alloc(t->vm, sizeof(*copy));
+	struct bt_site *site = new_decoded_site(t, i);
 	uint8_t *resume;
 	int32_t distance;
 
-	if (!site || !copy) {
-		t->e.overflow = 1;
+	if (!site)
 		return;
-	}
-	memcpy(copy, &i->d, sizeof(*copy));
-	site->decoded = copy;
 	flags_clobber(t, i->live_before | (i->touched ? FLAGS_ARITHMETIC : 0));
 	emit_imm64(e, R10, (uint64_t)(uintptr_t)site);
 	EMIT(e, 0x4c, 0x8d, 0x1d); /* lea r11, [rip + resume] */

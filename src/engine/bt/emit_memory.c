@@ -61,8 +61,8 @@ static unsigned size_class(unsigned bytes)
 	}
 }
 
-/* r10: linear address in, host address out; `live` flags survive in memory. Uses r11. */
-void emit_check(struct bt_translation *t, unsigned bytes, bool write, bool masked, uint32_t live)
+/* r10: linear address in, host address out. Destroys the flags (flags_clobber comes first) and r11. */
+void emit_check(struct bt_translation *t, unsigned bytes, bool write, bool masked)
 {
 	struct emitter *e = &t->e;
 	unsigned set = t->mode & BT_MODE_SET, class = size_class(bytes);
@@ -73,7 +73,6 @@ void emit_check(struct bt_translation *t, unsigned bytes, bool write, bool maske
 		t->e.overflow = 1; /* insn_classify lets none of these through */
 		return;
 	}
-	(void)live;
 	EMIT(e, 0x45, 0x89, 0xd3);    /* mov r11d, r10d */
 	EMIT(e, 0x41, 0xc1, 0xeb, 7); /* shr r11d, 7 */
 	EMIT(e, 0x41, 0x81, 0xe3);    /* and r11d, (entries - 1) << 5 */
@@ -157,5 +156,5 @@ void emit_operand(struct bt_translation *t, const struct insn *i, const ZydisDec
 	}
 	flags_clobber(t, i->live_before);
 	emit_address(t, i, op);
-	emit_check(t, op->size / 8, write, masked, i->live_before);
+	emit_check(t, op->size / 8, write, masked);
 }

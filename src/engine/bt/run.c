@@ -649,7 +649,7 @@ static void bt_vcpu_statistics(struct engine_vcpu *vcpu, char *text, size_t size
 	for (int k = 0; k < STAT_COUNT && used < size; k++)
 		used += (size_t)snprintf(text + used, size - used, "%s %lu\n", names[k], vcpu->bt.private->statistics[k]);
 	if (used < size)
-		used += (size_t)snprintf(text + used, size - used, "code_bytes %zu\n", vcpu->bt.vm->code_used);
+		used += (size_t)snprintf(text + used, size - used, "code_bytes %zu\nmetadata_bytes %zu\n", vcpu->bt.vm->code_used, vcpu->bt.vm->arena_used);
 	if (used < size && vcpu->bt.vm->lockstep) {
 		uint64_t compared, left_out;
 

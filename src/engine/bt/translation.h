@@ -51,13 +51,14 @@ void emit_restore(struct emitter *e, unsigned temporary);
 /* r10 = linear address of the memory operand; flags are destroyed. */
 void emit_address(struct bt_translation *t, const struct insn *i, const ZydisDecodedOperand *op);
 /* r10: linear address in, host address out; `live` flags survive in memory. Uses r11. */
-void emit_check(struct bt_translation *t, unsigned bytes, bool write, bool masked, uint32_t live);
+void emit_check(struct bt_translation *t, unsigned bytes, bool write, bool masked);
 /* Both for an instruction's memory operand, or its bounce buffer: the host address is in r10. */
 void emit_operand(struct bt_translation *t, const struct insn *i, const ZydisDecodedOperand *op);
 
 /* ---- emit_flow.c: ways out of a block ---- */
 /* NULL (or a spare one): no room, the overflow is noted and the block will be discarded. */
 struct bt_site *new_site(struct bt_translation *t, int32_t offset);
+struct bt_site *new_decoded_site(struct bt_translation *t, const struct insn *i);
 struct late *new_late(struct bt_translation *t);
 /* Leaves for C to execute the instruction there; all flags must be right in memory. */
 void emit_system_exit(struct bt_translation *t, const struct insn *i, bool slow);

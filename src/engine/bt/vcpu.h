@@ -92,7 +92,6 @@ enum bt_exit {
 	BT_EXIT_SYSTEM,	  /* rip is at an instruction for the C side; exit_argument: its struct bt_decoded, or NULL */
 	BT_EXIT_FAULT,	  /* v->fault is set, rip is at the faulting instruction */
 	BT_EXIT_SLOW,	  /* rip is at an instruction to be run through bounce buffers */
-	BT_EXIT_KICK,	  /* a poll saw v->kick; rip is set */
 	BT_EXIT_LINK,	  /* rip is set; exit_argument: the direct jump to be linked to the block there */
 	BT_EXIT_CODES
 };
