@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import time
 
@@ -67,6 +68,17 @@ def missing():
         if not path.exists():
             raise FileNotFoundError(f"no {path}; run tests/tools/fetch-kernels and tests/guest/build-initrd")
     return None
+
+
+def bad_kernel():
+    """An ELF file that PVH starts and that jumps to where no memory is: KVM cannot go on there."""
+    code = b"\xb8\x00\x00\x00\xd0\xff\xe0"  # mov eax, 0xd0000000; jmp eax
+    address, headers = 0x100000, 64 + 2 * 56
+    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", address)  # XEN_ELFNOTE_PHYS32_ENTRY
+    elf = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, address, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    load = struct.pack("<IIQQQQQQ", 1, 5, headers + len(note), address, address, len(code), len(code), 1)
+    notes = struct.pack("<IIQQQQQQ", 4, 4, headers, 0, 0, len(note), len(note), 4)
+    return elf + load + notes + note + code
 
 
 class Nested:

@@ -4,7 +4,6 @@ the guests of most steps get no XSAVE), unmasked SSE exceptions and some 32-bit 
 import json
 import pathlib
 import re
-import struct
 import sys
 import time
 
@@ -54,17 +53,6 @@ step checks checks
 """
 
 
-def bad_kernel():
-    """An ELF file that PVH starts and that jumps to where no memory is: KVM cannot go on there."""
-    code = b"\xb8\x00\x00\x00\xd0\xff\xe0"  # mov eax, 0xd0000000; jmp eax
-    address, headers = 0x100000, 64 + 2 * 56
-    note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", address)  # XEN_ELFNOTE_PHYS32_ENTRY
-    elf = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, address, 64, 0, 0, 64, 56, 2, 0, 0, 0)
-    load = struct.pack("<IIQQQQQQ", 1, 5, headers + len(note), address, address, len(code), len(code), 1)
-    notes = struct.pack("<IIQQQQQQ", 4, 4, headers, 0, 0, len(note), len(note), 4)
-    return elf + load + notes + note + code
-
-
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     reason = nested.missing()
@@ -75,7 +63,7 @@ def machine(tmp_path_factory):
     vm.make_ext4(disk, 16)
     programs = [("bin/hostel-vmm", vm.VMM), ("bin/kvm-check", CHECK)]
     files = [("host/vmlinux", vm.kernel("cloud", "vmlinux")), ("host/initrd", vm.CACHE / "initrd" / "cloud.cpio"),
-             ("host/disk", disk), ("host/bad", bad_kernel())]
+             ("host/disk", disk), ("host/bad", nested.bad_kernel())]
     # Now and then (once in some dozens of nested guests) QEMU's emulation of AMD-V comes to a stop: the whole machine, its
     # own init too, or a guest that gets an interrupt with interrupts off. It says nothing more then, and gets one more go.
     end = time.monotonic() + SECONDS * vm.SLOW
