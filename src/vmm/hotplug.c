@@ -85,7 +85,7 @@ int vm_add_disk(struct vm *vm, const struct vmm_disk *wanted, unsigned *index, s
 
 	if (result < 0)
 		return result;
-	while (i < VMM_DISKS_MAX && vm->disk[i].device)
+	while (i < VMM_DISKS_MAX && (vm->disk[i].device || vm->disk[i].disk))
 		i++;
 	if (i == VMM_DISKS_MAX)
 		return error_set(err, ENOSPC, "disk %s: %d disks are the most; remove one first", wanted->path,
@@ -135,10 +135,59 @@ uint32_t vm_removals_asked(const struct vm *vm)
 	return vm->removals;
 }
 
+static void disk_removed(struct vm_disk *d)
+{
+	char name[16];
+
+	if (d->close_error.code)
+		terminal_say("hostel-vmm: %s\n", d->close_error.text);
+	free(take_ptr(d->path));
+	d->disk = NULL;
+	snprintf(name, sizeof(name), "disk%u", (unsigned)(d - d->vm->disk));
+	vm_tell(d->vm, VM_EVENT_REMOVED, name, d->close_error.code ? &d->close_error : NULL);
+}
+
+static void disk_closed(void *opaque)
+{
+	struct vm_disk *d = opaque;
+
+	thread_join(&d->closer);
+	disk_removed(d);
+}
+
+static void *closer_main(void *opaque)
+{
+	struct vm_disk *d = opaque;
+
+	disk_close(d->disk, &d->close_error);
+	loop_post(d->vm->loop, disk_closed, d);
+	return NULL;
+}
+
+/* Writing back what is left may take its time, and the loop has others to serve. In a jail no thread can be made any
+ * more; there it is done at once. */
+static void remove_disk(struct vm *vm, struct vm_disk *d)
+{
+	virtio_device_destroy(take_ptr(d->device));
+	d->vm = vm;
+	d->close_error = (struct error){0};
+	if (!vm->config->jail && thread_start(&d->closer, &vm->threads, THREAD_WORKER, "disk closer", closer_main, d, NULL) == 0)
+		return;
+	disk_close(d->disk, &d->close_error);
+	disk_removed(d);
+}
+
 static int close_disk(struct vm_disk *d, struct error *err)
 {
 	int result;
 
+	if (d->closer.runs) { /* the loop has ended before it could hear */
+		thread_join(&d->closer);
+		d->disk = NULL;
+		*err = d->close_error;
+		free(take_ptr(d->path));
+		return -err->code;
+	}
 	virtio_device_destroy(take_ptr(d->device));
 	result = d->disk ? disk_close(take_ptr(d->disk), err) : 0;
 	free(take_ptr(d->path));
@@ -158,15 +207,11 @@ void vm_remove_slots(struct vm *vm, uint32_t slots)
 
 	for (unsigned i = 0; i < VMM_DISKS_MAX; i++) {
 		struct vm_disk *d = &vm->disk[i];
-		struct error err = {0};
 
 		if (!d->device || !(slots >> virtio_device_slot(d->device) & 1))
 			continue;
 		vm->removals &= ~(1u << virtio_device_slot(d->device));
-		if (close_disk(d, &err) < 0)
-			terminal_say("hostel-vmm: %s\n", err.text);
-		snprintf(name, sizeof(name), "disk%u", i);
-		vm_tell(vm, VM_EVENT_REMOVED, name, err.code ? &err : NULL);
+		remove_disk(vm, d);
 	}
 	for (unsigned i = 0; i < VMM_NETS_MAX; i++) {
 		struct vm_net *n = &vm->net[i];

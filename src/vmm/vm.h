@@ -97,9 +97,12 @@ struct vcpu {
 
 struct control;
 
-/* A slot is free while its device is NULL. */
+/* A slot is free while its device and its back end are NULL. */
 struct vm_disk {
-	struct disk *disk;
+	struct vm *vm;
+	struct disk *disk; /* left without a device while it is written back and closed */
+	struct thread closer;
+	struct error close_error;
 	struct virtio_device *device;
 	char serial[21];
 	char *path;
