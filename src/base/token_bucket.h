@@ -20,9 +20,9 @@ struct rate_limits {
  * not stuck for ever; what follows waits until the debt is paid. The average is the rate, exactly. */
 struct token_bucket {
 	struct token_rate rate;
-	int64_t level;	      /* tokens; negative: debt */
-	uint64_t remainder;   /* of tokens, in 1/NS_PER_SECOND: so that slow rates lose nothing */
-	uint64_t filled;      /* when, CLOCK_MONOTONIC in ns */
+	int64_t level;	    /* tokens; negative: debt */
+	uint64_t remainder; /* of tokens, in 1/NS_PER_SECOND: so that slow rates lose nothing */
+	uint64_t filled;    /* when, CLOCK_MONOTONIC in ns */
 };
 
 /* A new rate: the burst is there at once, unless the bucket had less under its old rate. */

@@ -148,17 +148,20 @@ int vmm_config_load(struct vmm_config *config, const char *path, struct error *e
 
 	if (!object)
 		return json_error_code(&where) == json_error_cannot_open_file
-			       ? error_set(err, errno ? errno : EIO, "--config %s: %s", path, strerror(errno ? errno : EIO))
+			       ? error_set(err, errno ? errno : EIO, "--config %s: %s", path,
+					 strerror(errno ? errno : EIO))
 			       : error_set(err, EINVAL, "--config %s: line %d: %s", path, where.line, where.text);
 	if (!json_is_object(object))
-		result = error_set(err, EINVAL, "--config %s: give one JSON object, such as {\"kernel\": \"FILE\"}", path);
+		result = error_set(
+			err, EINVAL, "--config %s: give one JSON object, such as {\"kernel\": \"FILE\"}", path);
 	json_object_foreach(object, name, value)
 	{
 		if (result < 0)
 			break;
 		for (unsigned i = 0; i < sizeof(not_here) / sizeof(not_here[0]); i++)
 			if (!strcmp(name, not_here[i]))
-				result = error_set(err, EINVAL, "--config %s: \"%s\" belongs on the command line", path, name);
+				result = error_set(
+					err, EINVAL, "--config %s: \"%s\" belongs on the command line", path, name);
 		if (result == 0) {
 			result = vmm_config_set(config, name, value, err);
 			if (result < 0)

@@ -1,5 +1,5 @@
-/* Configuration as JSON (docs/control.md): the members of an object are the options of the command line, by their names;
- * so the one table of options.c serves both. */
+/* Configuration as JSON (docs/control.md): the members of an object are the options of the command line, by their
+ * names; so the one table of options.c serves both. */
 #pragma once
 
 #include <jansson.h>
@@ -11,6 +11,6 @@
 int vmm_config_load(struct vmm_config *config, const char *path, struct error *err);
 
 /* Applies one: a text or whole number as the command line has it, true for an option without a value (false leaves it
- * out), an object for a value of several parts ({"path": "a.img", "readonly": true} is "a.img,readonly"), or an array of
- * those to repeat the option. */
+ * out), an object for a value of several parts ({"path": "a.img", "readonly": true} is "a.img,readonly"), or an array
+ * of those to repeat the option. */
 int vmm_config_set(struct vmm_config *config, const char *option, const json_t *value, struct error *err);

@@ -1,5 +1,5 @@
-/* A further listener at the console, beside its back end: it gets a copy of what the guest writes, and may type. It never
- * holds the guest up: of what it does not fetch the newest 64 KiB stay. */
+/* A further listener at the console, beside its back end: it gets a copy of what the guest writes, and may type. It
+ * never holds the guest up: of what it does not fetch the newest 64 KiB stay. */
 #pragma once
 
 #include <pthread.h>

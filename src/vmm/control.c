@@ -1,5 +1,5 @@
-/* The control socket: clients, their lines and answers, and events; see control.h. What a client asks is answered before
- * its next line is looked at. Nothing here blocks: what a client does not read waits in a buffer, up to a limit.
+/* The control socket: clients, their lines and answers, and events; see control.h. What a client asks is answered
+ * before its next line is looked at. Nothing here blocks: what a client does not read waits in a buffer, up to a limit.
  */
 #include "vmm/control_internal.h"
 
@@ -40,7 +40,8 @@ static void close_client(struct control_client *c)
 static void watch(struct control_client *c)
 {
 	size_t unread = c->output_end - c->output_at;
-	bool lines_wait = c->input_used == c->input_room && c->input_room; /* no room: the line at hand is not complete */
+	bool lines_wait =
+		c->input_used == c->input_room && c->input_room; /* no room: the line at hand is not complete */
 	uint32_t events = unread ? EPOLLOUT : 0;
 
 	if ((c->broken || (c->ended && c->wait == WAIT_NOTHING)) && !unread) {
@@ -58,7 +59,8 @@ static void watch(struct control_client *c)
 static void flush(struct control_client *c)
 {
 	while (c->output_at < c->output_end) {
-		ssize_t n = send(c->fd, c->output + c->output_at, c->output_end - c->output_at, MSG_NOSIGNAL | MSG_DONTWAIT);
+		ssize_t n = send(
+			c->fd, c->output + c->output_at, c->output_end - c->output_at, MSG_NOSIGNAL | MSG_DONTWAIT);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -315,8 +317,8 @@ static void wait_over(struct loop_timer *timer)
 
 static void client_arrived(void *opaque, int listener, uint32_t events)
 {
-	static const char busy[] =
-		"{\"jsonrpc\":\"2.0\",\"error\":{\"code\":-32000,\"message\":\"16 clients are the most; leave one\"},\"id\":null}\n";
+	static const char busy[] = "{\"jsonrpc\":\"2.0\",\"error\":{\"code\":-32000,\"message\":\"16 clients are the "
+				   "most; leave one\"},\"id\":null}\n";
 	struct control *control = opaque;
 	scope_fd int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 	struct control_client *c = NULL;

@@ -30,7 +30,8 @@ static json_t *show_limits(const struct rate_limits *limits)
 
 static json_t *show_device(const struct virtio_device *device, bool counters)
 {
-	json_t *o = json_pack("{s:s, s:i}", "type", virtio_device_type(device), "slot", (int)virtio_device_slot(device));
+	json_t *o =
+		json_pack("{s:s, s:i}", "type", virtio_device_type(device), "slot", (int)virtio_device_slot(device));
 	struct virtio_counter counter[VIRTIO_COUNTERS_MAX];
 	unsigned n = counters ? virtio_device_counters(device, counter) : 0;
 	json_t *values;
@@ -159,8 +160,8 @@ static int find(struct rpc_call *call, json_t *params, struct virtio_device **de
 		return ret;
 	*device = vm_find_device(control_vm(call), name);
 	if (!*device)
-		return error_set(err, EINVAL, "device: there is no '%.50s'; 'status' lists them, such as \"disk0\", \"net0\"",
-			name);
+		return error_set(err, EINVAL,
+			"device: there is no '%.50s'; 'status' lists them, such as \"disk0\", \"net0\"", name);
 	return 0;
 }
 
@@ -213,7 +214,8 @@ static int change_net(struct vm_net *n, json_t *params, json_t **result, struct 
 		virtio_net_limit(n->device, i, &limits);
 	}
 	if (ret == 0)
-		*result = json_pack("{s:o, s:o}", "send", show_limits(&n->limits[0]), "receive", show_limits(&n->limits[1]));
+		*result = json_pack(
+			"{s:o, s:o}", "send", show_limits(&n->limits[0]), "receive", show_limits(&n->limits[1]));
 	return ret;
 }
 

@@ -11,7 +11,7 @@
 #include "vmm/control.h"
 #include "vmm/control_rpc.h"
 
-#define CONTROL_VERSION 1	    /* of the methods and what they mean; grows when something is changed or taken away */
+#define CONTROL_VERSION 1 /* of the methods and what they mean; grows when something is changed or taken away */
 #define CONTROL_CLIENTS_MAX 16
 #define CONTROL_LINE_MAX 65536	    /* bytes of a request */
 #define CONTROL_OUTPUT_SLOW 65536   /* with more unread output no further request is taken from the client */

@@ -1,5 +1,5 @@
-/* JSON-RPC 2.0: see control_rpc.h. What arrives here is parsed by jansson, with its limit of depth; members are looked at
- * by type before use. */
+/* JSON-RPC 2.0: see control_rpc.h. What arrives here is parsed by jansson, with its limit of depth; members are looked
+ * at by type before use. */
 #include "vmm/control_rpc.h"
 
 #include <stdio.h>
@@ -57,8 +57,8 @@ static int check_params(const struct rpc_method *method, json_t *params, struct 
 	json_object_foreach(params, name, value)
 	{
 		if (!in_list(method->params, name, strlen(name), &optional))
-			return error_set(err, EINVAL, "%s: the parameter '%.100s' is unknown; it takes: %s", method->name,
-				name, *method->params ? method->params : "none");
+			return error_set(err, EINVAL, "%s: the parameter '%.100s' is unknown; it takes: %s",
+				method->name, name, *method->params ? method->params : "none");
 	}
 	for (const char *at = method->params; *at;) {
 		size_t n = strcspn(at, ",");
@@ -166,7 +166,8 @@ static json_t *handle_object(const struct rpc_method *methods, void *context, js
 	if (!method) {
 		if (!id)
 			return NULL;
-		snprintf(text, sizeof(text), "there is no method '%.100s'; 'methods' lists them", json_string_value(name));
+		snprintf(text, sizeof(text), "there is no method '%.100s'; 'methods' lists them",
+			json_string_value(name));
 		return rpc_error(id, RPC_METHOD, text);
 	}
 	empty = params ? NULL : json_object();

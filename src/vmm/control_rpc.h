@@ -37,9 +37,9 @@ struct rpc_method {
  * or a handler said RPC_LATER: then *later is its id, which is the caller's (JSON null for a notification). */
 json_t *rpc_handle(const struct rpc_method *methods, void *context, const char *text, size_t length, json_t **later);
 
-json_t *rpc_result(json_t *id, json_t *result);				 /* takes result; not id */
-json_t *rpc_error(json_t *id, int code, const char *message);		 /* id NULL: null */
-json_t *rpc_notification(const char *method, json_t *params);		 /* takes params */
+json_t *rpc_result(json_t *id, json_t *result);		      /* takes result; not id */
+json_t *rpc_error(json_t *id, int code, const char *message); /* id NULL: null */
+json_t *rpc_notification(const char *method, json_t *params); /* takes params */
 
 /* Members of params; absent ones leave *value as it is. -EINVAL with a message that names the member. */
 int rpc_string(json_t *params, const char *name, const char **value, struct error *err);

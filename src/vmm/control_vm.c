@@ -56,8 +56,8 @@ static int status(struct rpc_call *call, json_t *params, json_t **result, struct
 
 	*result = json_pack("{s:i, s:s, s:s, s:s, s:i, s:I, s:f, s:o}", "version", CONTROL_VERSION, "program",
 		HOSTEL_VERSION, "state", control_state(vm), "engine", vm->engine->name, "cpus", (int)vm->cpus, "memory",
-		(json_int_t)vm->config->memory, "uptime", (double)(clock_now() - client->control->started) / 1e9, "devices",
-		control_devices(vm, false));
+		(json_int_t)vm->config->memory, "uptime", (double)(clock_now() - client->control->started) / 1e9,
+		"devices", control_devices(vm, false));
 	show_size(*result, vm);
 	return 0;
 }
@@ -215,8 +215,7 @@ static json_t *all_statistics(struct control_client *client)
 	json_t *vcpus = json_array();
 
 	for (unsigned i = 0; i < vm->cpus; i++)
-		json_array_append_new(
-			vcpus, vcpu_statistics(&vm->vcpu[i], vm->paused || has_answered(client, i)));
+		json_array_append_new(vcpus, vcpu_statistics(&vm->vcpu[i], vm->paused || has_answered(client, i)));
 	return json_pack("{s:s, s:f, s:o, s:o}", "state", control_state(vm), "uptime",
 		(double)(clock_now() - client->control->started) / 1e9, "vcpus", vcpus, "devices",
 		control_devices(vm, true));

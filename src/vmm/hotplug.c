@@ -88,8 +88,8 @@ int vm_add_disk(struct vm *vm, const struct vmm_disk *wanted, unsigned *index, s
 	while (i < VMM_DISKS_MAX && (vm->disk[i].device || vm->disk[i].disk))
 		i++;
 	if (i == VMM_DISKS_MAX)
-		return error_set(err, ENOSPC, "disk %s: %d disks are the most; remove one first", wanted->path,
-			VMM_DISKS_MAX);
+		return error_set(
+			err, ENOSPC, "disk %s: %d disks are the most; remove one first", wanted->path, VMM_DISKS_MAX);
 	result = vm_open_disk(vm, i, wanted, err);
 	if (result < 0)
 		return result;
@@ -171,7 +171,8 @@ static void remove_disk(struct vm *vm, struct vm_disk *d)
 	virtio_device_destroy(take_ptr(d->device));
 	d->vm = vm;
 	d->close_error = (struct error){0};
-	if (!vm->config->jail && thread_start(&d->closer, &vm->threads, THREAD_WORKER, "disk closer", closer_main, d, NULL) == 0)
+	if (!vm->config->jail &&
+		thread_start(&d->closer, &vm->threads, THREAD_WORKER, "disk closer", closer_main, d, NULL) == 0)
 		return;
 	disk_close(d->disk, &d->close_error);
 	disk_removed(d);

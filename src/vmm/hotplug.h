@@ -1,5 +1,5 @@
-/* Disks and networks of a running machine: coming, going, limits; and all devices stopped and set going together. On the
- * loop's thread, or before it runs. */
+/* Disks and networks of a running machine: coming, going, limits; and all devices stopped and set going together. On
+ * the loop's thread, or before it runs. */
 #pragma once
 
 #include <stdbool.h>
@@ -27,8 +27,8 @@ int vm_ask_removal(struct vm *vm, struct virtio_device *device, struct error *er
 /* "disk0" or "net0", as the control socket names them; NULL if there is none of that name. */
 struct virtio_device *vm_find_device(struct vm *vm, const char *name);
 
-/* No device has anything in flight any more, nor begins (slots: bit n is PCI slot n; or VM_ALL_DEVICES). false: not yet,
- * ask again. */
+/* No device has anything in flight any more, nor begins (slots: bit n is PCI slot n; or VM_ALL_DEVICES). false: not
+ * yet, ask again. */
 #define VM_ALL_DEVICES UINT32_MAX
 bool vm_devices_quiet(struct vm *vm, uint32_t slots);
 void vm_devices_resume(struct vm *vm);

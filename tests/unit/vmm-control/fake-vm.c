@@ -56,7 +56,10 @@ void fake_vm_destroy(void)
 
 void vm_size(struct vm *vm, struct vm_size *size)
 {
-	*size = (struct vm_size){.cpus = vm->cpus, .cpus_max = 4, .memory = vm->config->memory, .memory_max = 2ull << 30,
+	*size = (struct vm_size){.cpus = vm->cpus,
+		.cpus_max = 4,
+		.memory = vm->config->memory,
+		.memory_max = 2ull << 30,
 		.memory_unit = 128 << 20};
 }
 

@@ -125,7 +125,8 @@ static json_t *ask(int fd, const char *method, const char *params)
 {
 	char request[1000];
 
-	snprintf(request, sizeof(request), "{\"jsonrpc\":\"2.0\",\"id\":5,\"method\":\"%s\",\"params\":%s}", method, params);
+	snprintf(request, sizeof(request), "{\"jsonrpc\":\"2.0\",\"id\":5,\"method\":\"%s\",\"params\":%s}", method,
+		params);
 	return ask_id(fd, request);
 }
 
@@ -177,20 +178,27 @@ static void test_bad_requests(void **state)
 		{"{\"jsonrpc\":\"2.0\",\"method\":\"disk-add\",\"id\":1}", -32602, "'disk' is missing"},
 		{"{\"jsonrpc\":\"2.0\",\"method\":\"disk-add\",\"id\":1,\"params\":{\"disk\":\"missing\"}}", -32000,
 			"not there"},
-		{"{\"jsonrpc\":\"2.0\",\"method\":\"disk-add\",\"id\":1,\"params\":{\"disk\":\"a,b=c\"}}", -32602, "'b=c'"},
+		{"{\"jsonrpc\":\"2.0\",\"method\":\"disk-add\",\"id\":1,\"params\":{\"disk\":\"a,b=c\"}}", -32602,
+			"'b=c'"},
 		{"{\"jsonrpc\":\"2.0\",\"method\":\"disk-add\",\"id\":1,\"params\":{\"disk\":1.5}}", -32602, "disk"},
 		{"{\"jsonrpc\":\"2.0\",\"method\":\"disk-add\",\"id\":1,\"params\":{\"disk\":[]}}", -32602, "give one"},
-		{"{\"jsonrpc\":\"2.0\",\"method\":\"net-add\",\"id\":1,\"params\":{\"net\":{\"mac\":\"x\"}}}", -32602, "mac"},
-		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":\"disk9\"}}", -32602, "disk9"},
+		{"{\"jsonrpc\":\"2.0\",\"method\":\"net-add\",\"id\":1,\"params\":{\"net\":{\"mac\":\"x\"}}}", -32602,
+			"mac"},
+		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":\"disk9\"}}", -32602,
+			"disk9"},
 		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":3}}", -32602, "device"},
-		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":\"disk0\",\"bandwidth\":-1}}",
+		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":\"disk0\",\"bandwidth\":-1}"
+		 "}",
 			-32602, "bandwidth"},
-		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":\"disk0\",\"direction\":\"send\"}}",
+		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":\"disk0\",\"direction\":"
+		 "\"send\"}}",
 			-32602, "direction"},
-		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":\"net0\",\"direction\":\"up\"}}",
+		{"{\"jsonrpc\":\"2.0\",\"method\":\"limit\",\"id\":1,\"params\":{\"device\":\"net0\",\"direction\":"
+		 "\"up\"}}",
 			-32602, "direction"},
 		{"{\"jsonrpc\":\"2.0\",\"method\":\"events\",\"id\":1,\"params\":{\"on\":1}}", -32602, "on"},
-		{"{\"jsonrpc\":\"2.0\",\"method\":\"balloon\",\"id\":1,\"params\":{\"target\":\"9T\"}}", -32602, "target"},
+		{"{\"jsonrpc\":\"2.0\",\"method\":\"balloon\",\"id\":1,\"params\":{\"target\":\"9T\"}}", -32602,
+			"target"},
 	};
 
 	for (unsigned i = 0; i < ARRAY_SIZE(bad); i++)
@@ -215,7 +223,8 @@ static void test_methods(void **state)
 	assert_string_equal(fake.path, "a,b.img");
 	assert_int_equal(fake.limit.bandwidth.rate, 1 << 20);
 	assert_int_equal(fake.limit.bandwidth.burst, 2 << 20);
-	expect_result(fd, "net-add", "{\"net\":{\"forward\":[\"tcp:127.0.0.1:1-:2\",\"tcp:127.0.0.1:3-:4\"],\"user\":true}}");
+	expect_result(
+		fd, "net-add", "{\"net\":{\"forward\":[\"tcp:127.0.0.1:1-:2\",\"tcp:127.0.0.1:3-:4\"],\"user\":true}}");
 	assert_string_equal(fake.path, "user,forward=tcp:127.0.0.1:1-:2,forward=tcp:127.0.0.1:3-:4");
 	expect_result(fd, "device-remove", "{\"device\":\"net0\"}");
 	assert_int_equal(fake.removals, 1);
@@ -238,8 +247,8 @@ static void test_methods(void **state)
 	result = json_object_get(answer, "result");
 	assert_string_equal(json_string_value(json_object_get(result, "state")), "running");
 	assert_non_null(json_object_get(json_object_get(result, "devices"), "disk0"));
-	assert_true(json_is_true(
-		json_object_get(json_object_get(json_object_get(result, "devices"), "net0"), "removing")));
+	assert_true(
+		json_is_true(json_object_get(json_object_get(json_object_get(result, "devices"), "net0"), "removing")));
 	json_decref(answer);
 }
 
@@ -256,8 +265,7 @@ static void test_answers_in_time(void **state)
 	json_t *answer = ask(fd, "pause", "{}"), *vcpu;
 
 	assert_in_range(milliseconds() - began, 50, 100);
-	assert_string_equal(
-		json_string_value(json_object_get(json_object_get(answer, "result"), "state")), "running");
+	assert_string_equal(json_string_value(json_object_get(json_object_get(answer, "result"), "state")), "running");
 	json_decref(answer);
 
 	began = milliseconds();
@@ -280,9 +288,10 @@ static void test_answers_in_time(void **state)
 /* What a client sends behind a request that waits is answered after it. */
 static void test_order(void **state)
 {
-	static const char text[] = "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"pause\"}\n"
-				   "{\"jsonrpc\":\"2.0\",\"method\":\"power-button\"}\r\n\n"
-				   "{\"jsonrpc\":\"2.0\",\"id\":\"x\",\"method\":\"resume\"}"; /* its end is the connection's */
+	static const char text[] =
+		"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"pause\"}\n"
+		"{\"jsonrpc\":\"2.0\",\"method\":\"power-button\"}\r\n\n"
+		"{\"jsonrpc\":\"2.0\",\"id\":\"x\",\"method\":\"resume\"}"; /* its end is the connection's */
 	scope_fd int fd = dial();
 	json_t *answer;
 
@@ -330,7 +339,8 @@ static void test_slow_client(void **state)
 	scope_fd int other = dial();
 	unsigned sent = 0;
 
-	while (send(slow, request, sizeof(request) - 1, MSG_DONTWAIT | MSG_NOSIGNAL) == sizeof(request) - 1 && sent < 100000)
+	while (send(slow, request, sizeof(request) - 1, MSG_DONTWAIT | MSG_NOSIGNAL) == sizeof(request) - 1 &&
+		sent < 100000)
 		sent++;
 	expect_result(other, "status", "{}");
 	for (unsigned i = 0; i < sent && i < 1000; i++)
@@ -370,7 +380,8 @@ static void test_many_clients(void **state)
 
 static void tell(void *event)
 {
-	fake.vm->observer(fake.vm->observer_opaque, *(enum vm_event *)event, *(enum vm_event *)event == VM_EVENT_REMOVED ? "disk3" : NULL, NULL);
+	fake.vm->observer(fake.vm->observer_opaque, *(enum vm_event *)event,
+		*(enum vm_event *)event == VM_EVENT_REMOVED ? "disk3" : NULL, NULL);
 }
 
 static void test_events(void **state)
@@ -424,8 +435,8 @@ static void test_console(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {TEST(test_bad_requests), TEST(test_methods), TEST(test_answers_in_time),
-		TEST(test_order), TEST(test_long_line), TEST(test_slow_client), TEST(test_many_clients), TEST(test_events),
-		TEST(test_console)};
+		TEST(test_order), TEST(test_long_line), TEST(test_slow_client), TEST(test_many_clients),
+		TEST(test_events), TEST(test_console)};
 
 	alarm(100);
 	return cmocka_run_group_tests(tests, NULL, NULL);
