@@ -40,7 +40,7 @@ struct bt_block;
 struct bt_site {
 	struct bt_block *block;
 	int32_t offset;		      /* of the target or the instruction, from the start of the block's page */
-	bool linkable, wants_mem;     /* a direct jump; and which of the target's entries it takes */
+	bool linkable, far_linked, wants_mem;     /* a direct jump; and which of the target's entries it takes */
 	uint8_t *patch;		      /* linkable: the rel32 (writable mapping) ... */
 	int32_t unlinked;	      /* ... and its value while it leads to its stub */
 	struct bt_block *target;      /* linked to, or NULL */
@@ -177,6 +177,8 @@ void cache_add(struct bt_vm *vm, struct bt_block *block, uint64_t index, uint64_
 struct bt_block *cache_find(struct bt_vm *vm, uint64_t phys, uint32_t mode, uint64_t second_page);
 struct bt_block *cache_by_host(struct bt_vm *vm, const uint8_t *host);
 void cache_link(struct bt_vm *vm, struct bt_site *site, struct bt_block *target);
+/* Leads a direct jump to code that is no block. Under translate_lock. */
+void cache_patch(struct bt_vm *vm, struct bt_site *site, const uint8_t *to);
 /* Guest memory [offset, offset + size) of page `index` is about to be, or was, changed: drops the blocks over it. Not
  * inside an exclusive section (it enters one). */
 void cache_page_written(struct bt_vcpu *v, uint64_t index, unsigned offset, unsigned size);
@@ -198,6 +200,8 @@ void translate_destroy(struct bt_vm *vm);
 /* Finds or makes the block at v->rip in v->mode. NULL: v->fault is set (instruction fetch), or *slow is set: the
  * instruction there has to be run by slow_execute. */
 struct bt_block *block_find(struct bt_vcpu *v, bool *slow);
+/* Lets a direct jump whose target is a block over two pages go through the jump cache: such blocks are not linked to. */
+void translate_far_link(struct bt_vcpu *v, struct bt_site *site);
 /* A stub that runs one instruction with its memory operand at v->bounce[0]. Under no lock. NULL: cannot be done. */
 struct bt_block *translate_stub(struct bt_vcpu *v, const struct bt_decoded *d, const uint8_t *bytes);
 

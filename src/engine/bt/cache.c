@@ -276,10 +276,14 @@ static void patch(struct bt_site *site, int32_t value)
 	__atomic_store_n((int32_t *)(void *)site->patch, value, __ATOMIC_RELEASE);
 }
 
+void cache_patch(struct bt_vm *vm, struct bt_site *site, const uint8_t *to)
+{
+	patch(site, (int32_t)(to - (site->patch + 4 + (vm->code_run - vm->code_write))));
+}
+
 void cache_link(struct bt_vm *vm, struct bt_site *site, struct bt_block *target)
 {
 	const uint8_t *to = site->wants_mem ? target->entry_mem : target->entry_host;
-	const uint8_t *next = site->patch + 4 + (vm->code_run - vm->code_write);
 
 	scope_lock(&vm->translate_lock);
 	if (site->target || site->block->dead || target->dead || target->second_page)
@@ -287,7 +291,7 @@ void cache_link(struct bt_vm *vm, struct bt_site *site, struct bt_block *target)
 	site->target = target;
 	site->next_incoming = target->incoming;
 	target->incoming = site;
-	patch(site, (int32_t)(to - next));
+	cache_patch(vm, site, to);
 }
 
 static void unlink_incoming(struct bt_block *b)

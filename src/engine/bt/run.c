@@ -208,7 +208,7 @@ static void fill_jump_cache(struct bt_vcpu *v, const struct bt_block *b)
 	enum bt_set set = v->mode & BT_MODE_SET;
 	struct bt_private *p = v->private;
 	struct jump_entry *j = &v->jump[set][jump_index(v->rip)];
-	uint64_t hashed = (v->rip >> 12) & 4095;
+	uint64_t page = v->rip & ~0xfffull, hashed = (v->rip >> 12) & 4095;
 	const struct fetch_entry *f = &p->fetch[set][(v->rip >> 12) & (BT_FETCH_ENTRIES - 1)];
 
 	if (j->way[0].pc == jump_no_pc(jump_index(v->rip))) {
@@ -225,8 +225,13 @@ static void fill_jump_cache(struct bt_vcpu *v, const struct bt_block *b)
 		hashed = (hashed + 1) & 4095;
 		p->jump_pages[set][hashed >> 6] |= 1ull << (hashed & 63);
 	}
-	if (f->page != ((v->rip & ~0xfffull) | 1) || !f->global || b->second_page)
+	if (f->page != (page | 1) || !f->global)
 		p->jump_local[set] = true;
+	if (b->second_page) {
+		f = &p->fetch[set][((page >> 12) + 1) & (BT_FETCH_ENTRIES - 1)];
+		if (f->page != ((page + BT_PAGE_SIZE) | 1) || !f->global)
+			p->jump_local[set] = true;
+	}
 }
 
 static uint64_t site_rip(const struct bt_vcpu *v, const struct bt_site *s)
@@ -266,7 +271,7 @@ static enum next run_once(struct bt_vcpu *v, struct bt_site **link, struct engin
 	}
 	if (!(v->mode & BT_MODE_SINGLE)) {
 		if (site && vm->flushes == flushes)
-			cache_link(vm, site, block);
+			block->second_page ? translate_far_link(v, site) : cache_link(vm, site, block);
 		else if (!site)
 			fill_jump_cache(v, block);
 	}

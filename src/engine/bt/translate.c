@@ -288,6 +288,34 @@ struct bt_block *block_find(struct bt_vcpu *v, bool *slow)
 	return NULL;
 }
 
+void translate_far_link(struct bt_vcpu *v, struct bt_site *site)
+{
+	struct bt_vm *vm = v->vm;
+	struct bt_translation *t = vm->translation;
+	uint8_t *start;
+
+	fpu_park(v);
+	scope_lock(&vm->translate_lock);
+	if (site->target || site->far_linked || site->block->dead || !begin_block(vm, t, site->block->mode))
+		return;
+	t->block->stub = true;
+	start = t->e.p;
+	t->block->entry_mem = t->block->entry_host = emit_here(&t->e);
+	t->state = site->wants_mem ? FLAGS_MEM : FLAGS_HOST;
+	emit_far_goto(t, site->offset);
+	emit_lates(t);
+	t->block->sides = 1;
+	t->block->side = cache_alloc(vm, sizeof(*t->block->side));
+	if (t->e.overflow || !t->block->side)
+		return;
+	memset(t->block->side, 0, sizeof(*t->block->side));
+	t->block->host_size = (uint32_t)(t->e.p - start);
+	vm->code_used = (size_t)(t->e.p - vm->code_write);
+	cache_add(vm, t->block, UINT64_MAX, UINT64_MAX);
+	cache_patch(vm, site, t->block->entry_mem);
+	site->far_linked = true;
+}
+
 struct bt_block *translate_stub(struct bt_vcpu *v, const struct bt_decoded *d, const uint8_t *bytes)
 {
 	struct bt_vm *vm = v->vm;
