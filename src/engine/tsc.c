@@ -42,7 +42,7 @@ static void read_both(uint64_t *ns, uint64_t *tsc)
 
 static void measure(void)
 {
-	uint64_t ns0, tsc0, ns1, tsc1;
+	uint64_t ns0 = 0, tsc0 = 0, ns1 = 0, tsc1 = 0; /* read_both always sets them; gcc cannot see it */
 	struct timespec pause = { .tv_nsec = 20000000 };
 
 	tsc_hz = hz_by_cpuid();
