@@ -202,7 +202,7 @@ static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 	struct piece pieces[3];
 	struct bt_block *stub;
 	unsigned size, count, first, last;
-	bool write, read, locked;
+	bool write, read, locked, environment;
 	uint8_t *memory;
 
 	stub = slow_stub(v, e, d, e->i.bytes);
@@ -248,7 +248,9 @@ static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 	}
 	if (find_pieces(v, linear, size, write, enabled, pieces, &count))
 		return SYSTEM_FAULT;
-	if (count == 1 && pieces[0].host) {
+	/* These tell where the last x87 instruction was, which is an address of ours: it does not reach the guest. */
+	environment = d->insn.mnemonic == ZYDIS_MNEMONIC_FNSTENV || d->insn.mnemonic == ZYDIS_MNEMONIC_FNSAVE;
+	if (count == 1 && pieces[0].host && !environment) {
 		/* right in guest memory: atomic if the instruction is */
 		if (slow_run_stub(v, stub, pieces[0].host))
 			return SYSTEM_FAULT;
@@ -275,6 +277,11 @@ static enum system_result run_as_is(struct bt_vcpu *v, struct slow_entry *e)
 	v->rip = next;
 	if (locked)
 		exclusive_end(v);
+	if (environment) {
+		bool narrow = size == 14 || size == 94; /* the 16-bit formats (SDM volume 1, 8.1.10) */
+
+		bytes_zero(memory + (narrow ? 6 : 12), narrow ? 8 : 14);
+	}
 	for (unsigned k = 0, at = 0; write && k < count; at += pieces[k++].size)
 		scatter_bytes(v, &pieces[k], memory + at, at >= 64 ? UINT64_MAX : at ? enabled >> at | ~(UINT64_MAX >> at) : enabled);
 	return SYSTEM_DONE;
