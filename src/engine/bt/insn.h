@@ -37,6 +37,8 @@ bool host_is_amd(void);
 void insn_classify(struct insn *i, uint32_t mode);
 /* x87, MMX, SSE and above: what CR0.TS and CR0.EM hold off. */
 bool insn_is_floating(const ZydisDecodedInstruction *d);
+/* FXSAVE and the XSAVE family: whole images of that state (xsave.c). */
+bool insn_moves_state(ZydisMnemonic m);
 /* Arithmetic flags that code at bytes (n of them to the page's end) may read before it overwrites them. */
 uint32_t insn_flags_live(const uint8_t *page, unsigned offset, uint32_t mode);
 

@@ -459,6 +459,8 @@ enum system_result slow_execute(struct bt_vcpu *v)
 			return SYSTEM_FAULT;
 		}
 	}
+	if (insn_moves_state(d->insn.mnemonic))
+		return and_next(v, d, xsave_execute(v, e));
 	switch (d->insn.mnemonic) {
 	case ZYDIS_MNEMONIC_CALL:
 		if (d->insn.meta.branch_type != ZYDIS_BRANCH_TYPE_FAR)
@@ -531,23 +533,6 @@ enum system_result slow_execute(struct bt_vcpu *v)
 	case ZYDIS_MNEMONIC_LEA:
 		bt_register_write(v, d->operands[0].reg.value, address_offset(v, d, &d->operands[1]));
 		return and_next(v, d, 0);
-	case ZYDIS_MNEMONIC_FXSAVE:
-	case ZYDIS_MNEMONIC_FXSAVE64:
-	case ZYDIS_MNEMONIC_FXRSTOR:
-	case ZYDIS_MNEMONIC_FXRSTOR64:
-	case ZYDIS_MNEMONIC_XSAVE:
-	case ZYDIS_MNEMONIC_XSAVE64:
-	case ZYDIS_MNEMONIC_XSAVEC:
-	case ZYDIS_MNEMONIC_XSAVEC64:
-	case ZYDIS_MNEMONIC_XSAVEOPT:
-	case ZYDIS_MNEMONIC_XSAVEOPT64:
-	case ZYDIS_MNEMONIC_XSAVES:
-	case ZYDIS_MNEMONIC_XSAVES64:
-	case ZYDIS_MNEMONIC_XRSTOR:
-	case ZYDIS_MNEMONIC_XRSTOR64:
-	case ZYDIS_MNEMONIC_XRSTORS:
-	case ZYDIS_MNEMONIC_XRSTORS64:
-		return and_next(v, d, xsave_execute(v, e));
 	case ZYDIS_MNEMONIC_BOUND: return and_next(v, d, flow_bound(v, d));
 	case ZYDIS_MNEMONIC_ARPL: return and_next(v, d, flow_arpl(v, d));
 	case ZYDIS_MNEMONIC_MOVDIR64B:
