@@ -85,10 +85,11 @@ int xsave_execute(struct bt_vcpu *v, struct slow_entry *e)
 			return bt_raise_error(v, VECTOR_GP, 0);
 		size = header[1] >> 63 ? area_end(v, header[1] & v->model->xcr0, true) : area_end(v, mask, false);
 	}
-	for (uint64_t at = linear; !restore && at < linear + size; at = (at & ~0xfffull) + BT_PAGE_SIZE) {
+	/* Counted by bytes done: the image may wrap around the end of the address space. */
+	for (unsigned done = 0; !restore && done < size; done += BT_PAGE_SIZE - (unsigned)((linear + done) & 0xfff)) {
 		uint64_t gpa;
 
-		if (bt_translate_address(v, at, BT_WRITE, is_user(v), &gpa))
+		if (bt_translate_address(v, linear + done, BT_WRITE, is_user(v), &gpa))
 			return BT_FAULT; /* writable throughout before anything is written */
 	}
 	if (bt_read_linear(v, linear, area, size, is_user(v)))
