@@ -501,7 +501,7 @@ static void make_illegal(struct builder *b)
 /* These write which components are in use, and of those that have their initial values that is the processor's to say. */
 static bool shows_use(ZydisMnemonic m)
 {
-	return m == ZYDIS_MNEMONIC_XSAVEC || m == ZYDIS_MNEMONIC_XSAVEC64 || m == ZYDIS_MNEMONIC_XSAVEOPT ||
+	return m == ZYDIS_MNEMONIC_XSAVE || m == ZYDIS_MNEMONIC_XSAVE64 || m == ZYDIS_MNEMONIC_XSAVEC || m == ZYDIS_MNEMONIC_XSAVEC64 || m == ZYDIS_MNEMONIC_XSAVEOPT ||
 	       m == ZYDIS_MNEMONIC_XSAVEOPT64;
 }
 
